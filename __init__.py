@@ -1,0 +1,88 @@
+"""loadstone: causal language models by name, loaded at the limit of the hardware.
+
+    from loadstone import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-2-7b-hf")
+
+Names are imported when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .kernels import AttentionMask, register_attention
+    from .loading.report import LoadReport
+    from .models.cache import Cache, DynamicCache, StaticCache
+    from .models.causal_lm import CausalLM
+    from .models.configuration import PreTrainedConfig
+    from .models.generation import GenerationConfig
+    from .models.gpt2 import GPT2Config, GPT2LMHeadModel
+    from .models.llama import LlamaConfig, LlamaForCausalLM
+    from .models.mistral import MistralConfig, MistralForCausalLM
+    from .models.outputs import CausalLMOutputWithPast
+    from .registry import AutoConfig, AutoModelForCausalLM, list_architectures, register, register_causal_lm
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AttentionMask": ".kernels",
+    "AutoConfig": ".registry",
+    "AutoModelForCausalLM": ".registry",
+    "Cache": ".models.cache",
+    "CausalLM": ".models.causal_lm",
+    "CausalLMOutputWithPast": ".models.outputs",
+    "DynamicCache": ".models.cache",
+    "GPT2Config": ".models.gpt2",
+    "GPT2LMHeadModel": ".models.gpt2",
+    "GenerationConfig": ".models.generation",
+    "LlamaConfig": ".models.llama",
+    "LlamaForCausalLM": ".models.llama",
+    "LoadReport": ".loading.report",
+    "MistralConfig": ".models.mistral",
+    "MistralForCausalLM": ".models.mistral",
+    "PreTrainedConfig": ".models.configuration",
+    "StaticCache": ".models.cache",
+    "list_architectures": ".registry",
+    "register": ".registry",
+    "register_attention": ".kernels",
+    "register_causal_lm": ".registry",
+}
+
+__all__ = [
+    "AttentionMask",
+    "AutoConfig",
+    "AutoModelForCausalLM",
+    "Cache",
+    "CausalLM",
+    "CausalLMOutputWithPast",
+    "DynamicCache",
+    "GPT2Config",
+    "GPT2LMHeadModel",
+    "GenerationConfig",
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    "LoadReport",
+    "MistralConfig",
+    "MistralForCausalLM",
+    "PreTrainedConfig",
+    "StaticCache",
+    "list_architectures",
+    "register",
+    "register_attention",
+    "register_causal_lm",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'loadstone' has no attribute {name!r}")
+    value = getattr(import_module(home, __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,122 @@
+"""Every error loadstone raises on purpose.
+
+Each also derives from the builtin (OSError, ValueError, TypeError, ...) that callers coming from other libraries
+already catch. A message says what failed, what was given and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LoadstoneError(Exception):
+    """Base of all errors below."""
+
+
+class CheckpointError(LoadstoneError, OSError, ValueError):
+    """A checkpoint cannot be read or written."""
+
+    def __str__(self) -> str:  # OSError would print a tuple for several arguments
+        return str(self.args[0]) if self.args else ""
+
+
+class FormatError(CheckpointError):
+    """A weights file or an index is not what its format requires."""
+
+
+class IntegrityError(CheckpointError):
+    """Files of one checkpoint contradict each other."""
+
+
+class PathError(CheckpointError):
+    """A path is not a regular file inside the checkpoint."""
+
+
+class UnsafeFormatError(CheckpointError):
+    """The weights are only there in a format that can execute code."""
+
+
+class MissingWeightsError(CheckpointError):
+    """Weights that are needed are not in the checkpoint."""
+
+
+class UnexpectedWeightsError(CheckpointError):
+    """The checkpoint holds weights the model has no place for (``strict=True``)."""
+
+
+class ShapeMismatchError(CheckpointError, RuntimeError):
+    """Shapes in the checkpoint differ from those of the model."""
+
+
+class HubError(LoadstoneError, OSError):
+    """The Hub, or its local cache, did not give what was asked for."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class NotFoundError(HubError, FileNotFoundError):
+    """A directory, repository, revision or file does not exist."""
+
+
+class OfflineError(HubError, ConnectionError):
+    """The Hub cannot be reached, or must not be, and the file is not cached."""
+
+
+class GatedError(HubError, PermissionError):
+    """The repository needs a token, or access that the token does not give."""
+
+
+class ConfigError(LoadstoneError, ValueError):
+    """A configuration is missing, malformed or contradicts itself."""
+
+
+class RepoIdError(ConfigError, HubError):
+    """A name is neither an existing directory nor a well-formed Hub repository id."""
+
+
+class UnsupportedModelError(ConfigError):
+    """No registered architecture serves this configuration."""
+
+
+class RegistrationError(LoadstoneError, ValueError):
+    """An architecture cannot be registered as asked."""
+
+
+class RemoteCodeRefused(LoadstoneError, ValueError):
+    """The checkpoint wants to bring its own code, which was not allowed."""
+
+
+class QuantizationError(LoadstoneError, ValueError):
+    """A quantization method or its configuration is unknown or unsupported."""
+
+
+class DeviceMapError(LoadstoneError, ValueError):
+    """A device map is malformed, incomplete or impossible here."""
+
+
+class AttentionError(LoadstoneError, ValueError):
+    """An attention implementation is unknown, or cannot do what was asked."""
+
+
+class InitializationError(LoadstoneError, RuntimeError):
+    """A parameter or buffer would be left with undefined values."""
+
+
+class GenerationError(LoadstoneError, ValueError):
+    """A generation option is invalid or contradicts another."""
+
+
+class ArgumentError(LoadstoneError, TypeError):
+    """A call was given an argument it does not know."""
+
+
+class MissingDependencyError(LoadstoneError, ImportError):
+    """An optional package is needed for this and is not installed."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
+    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

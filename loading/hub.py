@@ -1,0 +1,351 @@
+"""Checkpoint files from a Hub repository at one commit, through huggingface_hub and its cache."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import GatedError, HubError, NotFoundError, OfflineError, RepoIdError
+from .source import Source, check_filename, missing_weights
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.json"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_DOWNLOADS = 8
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How one repository is reached; the meanings are those of huggingface_hub."""
+
+    cache_dir: str | None = None
+    force_download: bool = False
+    local_files_only: bool = False
+    token: str | bool | None = field(default=None, repr=False)
+    subfolder: str = ""
+
+    def inside(self, filename: str) -> str:
+        return f"{self.subfolder}/{filename}" if self.subfolder else filename
+
+    def cached(self, repo_id: str, filename: str, commit: str) -> Path | bool | None:
+        """The cached file; False if the repository is known to have none; None if nothing is known."""
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(repo_id, self.inside(filename), cache_dir=self.cache_dir, revision=commit)
+        if path is None:
+            return None
+        return Path(path) if isinstance(path, str) else False
+
+    def download(self, repo_id: str, filename: str, revision: str, *, cache_only: bool = False) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        only_cache = cache_only or self.local_files_only
+        path = hf_hub_download(
+            repo_id,
+            self.inside(filename),
+            revision=revision,
+            cache_dir=self.cache_dir,
+            force_download=self.force_download and not only_cache,
+            local_files_only=only_cache,
+            token=self.token,
+        )
+        return Path(path)
+
+
+@dataclass
+class _Memory:
+    """What a HubSource has learned: files by name (None: the repository has none), and whether the Hub answers."""
+
+    files: dict[str, Path | None] = field(default_factory=dict)
+    online: bool | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True, eq=False)
+class HubSource(Source):
+    """A repository at one commit. Files already in the cache cost no request."""
+
+    options: HubOptions
+    _memory: _Memory = field(default_factory=_Memory, repr=False)
+
+    def find(self, filename: str) -> Path | None:
+        check_filename(filename)
+        if filename not in self._memory.files:
+            path = self._look(filename)
+            if path is None and self._memory.online is False:
+                return None  # not known to be absent: the next call may find it in the cache
+            self._memory.files[filename] = path
+        return self._memory.files[filename]
+
+    def require(self, filename: str) -> Path:
+        path = self.find(filename)
+        if path is None and self._memory.online is False:
+            raise OfflineError(
+                f"{filename!r} of {self.describe()} is not in the cache ({_cache_place(self.options)}); "
+                "run once with the network, or copy the repository to a directory and pass that"
+            )
+        return path if path is not None else super().require(filename)
+
+    def fetch(self, filenames: Sequence[str]) -> list[Path]:
+        names = list(dict.fromkeys(filenames))
+        if not names:
+            return []
+        with ThreadPoolExecutor(min(_DOWNLOADS, len(names))) as pool:
+            try:
+                found = dict(zip(names, pool.map(self.find, names), strict=True))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        missing = [name for name, path in found.items() if path is None or not path.is_file()]
+        if missing and self._memory.online is False:
+            raise OfflineError(
+                f"{len(missing)} file(s) of {self.describe()} are not in the cache ({_cache_place(self.options)}): "
+                f"{', '.join(map(repr, missing[:8]))}; run once with the network"
+            )
+        if missing:
+            raise missing_weights(self, missing, "the repository is incomplete at this commit; try another revision")
+        return [path for name in filenames if (path := found[name]) is not None]
+
+    def listing(self) -> list[str]:
+        try:
+            if self._memory.online is False:
+                raise ConnectionError
+            from huggingface_hub import HfApi
+
+            names = HfApi().list_repo_files(self.name, revision=self.commit, token=self.options.token)
+        except Exception:  # only for messages: what the cache holds will do
+            return self._cached_listing()
+        prefix = self.options.inside("")
+        return sorted(name[len(prefix) :] for name in names if name.startswith(prefix))
+
+    def describe(self) -> str:
+        limit = f"; only what is cached, the Hub {self._why_offline()}" if self._memory.online is False else ""
+        place = f"repository {self.name!r} (commit {str(self.commit)[:12]}{limit})"
+        return f"subfolder {self.options.subfolder!r} of {place}" if self.options.subfolder else place
+
+    def _look(self, filename: str) -> Path | None:
+        options, commit = self.options, str(self.commit)
+        if not options.force_download or self._memory.online is False:
+            known = options.cached(self.name, filename, commit)
+            if known is not None:
+                return known if isinstance(known, Path) else None
+            if not self._reachable(filename):
+                return None
+        with_context = f"{options.inside(filename)!r} of {self.describe()}"
+        try:
+            return _mapped(lambda: options.download(self.name, filename, commit), with_context, options)
+        except _EntryMissing:
+            return None
+
+    def _reachable(self, filename: str) -> bool:
+        """Whether to ask the Hub: with files cached, a dead Hub must cost one quick request, not long back-offs."""
+        with self._memory.lock:
+            if self._memory.online is None:
+                held = self._memory.files or self.options.cached(self.name, CONFIG_NAME, str(self.commit))
+                self._memory.online = not held or _answers(self.name, self.options, filename, str(self.commit))
+            return self._memory.online
+
+    def _cached_listing(self) -> list[str]:
+        path = next((path for path in self._memory.files.values() if path is not None), None)
+        parts = path.parts if path is not None else ()
+        if str(self.commit) not in parts:
+            return []
+        snapshot = Path(*parts[: parts.index(str(self.commit)) + 1], self.options.subfolder)
+        return sorted(name for name in os.listdir(snapshot)) if snapshot.is_dir() else []
+
+    def _why_offline(self) -> str:
+        if self.options.local_files_only:
+            return "may not be asked (local_files_only=True)"
+        return "may not be asked (HF_HUB_OFFLINE is set)" if _offline_mode() else "cannot be reached"
+
+
+class _EntryMissing(Exception):
+    """The repository has no such file at this revision; ``commit`` if the answer told it."""
+
+    def __init__(self, commit: str | None) -> None:
+        super().__init__(commit)
+        self.commit = commit
+
+
+def open_repository(repo_id: str, revision: str | None, options: HubOptions) -> HubSource:
+    """The HubSource of ``revision`` (default: main), resolved to its commit once, with the first file fetched."""
+    revision = "main" if revision is None else revision
+    _check_revision(repo_id, revision)
+    closed = options.local_files_only or _offline_mode()
+    if options.force_download and closed:
+        raise OfflineError(
+            f"force_download=True needs the Hub, which may not be asked for {repo_id!r} "
+            f"({'local_files_only=True' if options.local_files_only else 'HF_HUB_OFFLINE is set'}); drop one of the two"
+        )
+    memory = _Memory(online=False if closed else None)
+    if _COMMIT.fullmatch(revision):
+        return HubSource(repo_id, revision, options, memory)
+    if closed:
+        return HubSource(repo_id, _cached_commit(repo_id, revision, options), options, memory)
+    before = options.cached(repo_id, CONFIG_NAME, revision)
+    try:
+        what = f"{options.inside(CONFIG_NAME)!r} of repository {repo_id!r} at revision {revision!r}"
+        path = _mapped(lambda: options.download(repo_id, CONFIG_NAME, revision), what, options)
+    except _EntryMissing as missing:
+        commit = missing.commit or _ask_commit(repo_id, revision, options)
+        memory.files[CONFIG_NAME], memory.online = None, True
+        return HubSource(repo_id, commit, options, memory)
+    memory.files[CONFIG_NAME] = path
+    if path != before:
+        memory.online = True
+    return HubSource(repo_id, _commit_of(path), options, memory)
+
+
+def _commit_of(path: Path) -> str:
+    """The commit in a cached path: ``.../snapshots/<commit>/...``."""
+    parts = path.parts
+    for place in range(len(parts) - 2, 0, -1):
+        if parts[place - 1] == "snapshots" and _COMMIT.fullmatch(parts[place]):
+            return parts[place]
+    raise HubError(f"huggingface_hub cached a file at {str(path)!r}, which names no commit; is the cache damaged?")
+
+
+def _ask_commit(repo_id: str, revision: str, options: HubOptions) -> str:
+    """The commit of a revision through the API, for repositories without a config.json."""
+    from huggingface_hub import HfApi
+
+    what = f"repository {repo_id!r} at revision {revision!r}"
+    info = _mapped(lambda: HfApi().model_info(repo_id, revision=revision, token=options.token), what, options)
+    if not info.sha:
+        raise HubError(f"the Hub told no commit for {what}")
+    return str(info.sha)
+
+
+def _cached_commit(repo_id: str, revision: str, options: HubOptions) -> str:
+    """The commit that the cache holds for a branch or tag; no request."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(options.cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
+    try:
+        commit = (folder / "refs" / revision).read_text().strip()
+    except OSError as error:
+        reason = "local_files_only=True" if options.local_files_only else "HF_HUB_OFFLINE is set"
+        raise OfflineError(
+            f"there is no directory {repo_id!r}, and revision {revision!r} of a Hub repository of that name is not in "
+            f"the cache ({_cache_place(options)}); the Hub may not be asked ({reason})"
+        ) from error
+    if not _COMMIT.fullmatch(commit):
+        raise HubError(f"the cache's reference of {repo_id!r} at {revision!r} is damaged: {str(folder)!r}; remove it")
+    return commit
+
+
+def _check_revision(repo_id: str, revision: str) -> None:
+    parts = revision.split("/") if isinstance(revision, str) else [""]
+    if any(part in ("", ".", "..") for part in parts) or any(char in revision for char in "\\\0 ~^:?*["):
+        raise NotFoundError(f"{revision!r} cannot be a revision of {repo_id!r}; give a branch, a tag or a commit hash")
+
+
+def _answers(repo_id: str, options: HubOptions, filename: str, commit: str) -> bool:
+    """Whether the Hub can be reached, by one request without the long back-off that downloads do."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repo_id, options.inside(filename), revision=commit), token=options.token)
+    except Exception as error:
+        if _unreachable(error):
+            logger.warning("The Hub cannot be reached; only cached files of %r are used.", repo_id)
+            return False
+    return True
+
+
+def _mapped(call: Callable[[], _T], what: str, options: HubOptions) -> _T:
+    """``call()``, its failures told as loadstone's errors; _EntryMissing if the file is not in the repository."""
+    try:
+        return call()
+    except Exception as error:
+        mapped = _translate(error, what, options)
+        if mapped is None:
+            raise
+        raise mapped from error
+
+
+def _translate(error: Exception, what: str, options: HubOptions) -> Exception | None:
+    from huggingface_hub import errors as hub
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    said = _said(error, options)
+    if isinstance(error, hub.HFValidationError):
+        return RepoIdError(f"{what}: not a well-formed repository id; {said}")
+    if isinstance(error, hub.LocalEntryNotFoundError):
+        if _offline_mode() or options.local_files_only:
+            return OfflineError(f"{what} is not in the cache ({_cache_place(options)}), and the Hub may not be asked")
+        return OfflineError(
+            f"{what} is not in the cache ({_cache_place(options)}), and the Hub did not answer as it should: "
+            f"{_said(error.__cause__ or error, options)}; check the network and HF_ENDPOINT, then try again"
+        )
+    if isinstance(error, hub.EntryNotFoundError):
+        return _EntryMissing(_header(error, "X-Repo-Commit"))
+    if isinstance(error, hub.GatedRepoError):
+        return GatedError(f"{what}: access is gated; ask for it on its Hub page, then pass token= or log in ({said})")
+    if isinstance(error, hub.RevisionNotFoundError):
+        return NotFoundError(f"{what}: there is no such branch, tag or commit ({said})")
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return NotFoundError(
+            f"{what}: neither a directory nor a Hub repository of that name exists, or it is private and needs "
+            f"token= ({said})"
+        )
+    if status in (401, 403):
+        return GatedError(f"{what}: the Hub refused access; check the token ({said})")
+    if _unreachable(error):
+        return OfflineError(f"{what}: the Hub cannot be reached ({said}); check the network and HF_ENDPOINT")
+    if isinstance(error, OSError) and error.errno:
+        return None  # the disk's own error, e.g. no space left: its type and number matter
+    if isinstance(error, (OSError, ValueError, _transport_error())):
+        return HubError(f"{what} could not be downloaded: {said}")
+    return None
+
+
+def _unreachable(error: BaseException) -> bool:
+    """No connection, a timeout, offline mode, or a Hub that answers 5xx or 429."""
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    names = {kind.__name__ for kind in type(error).__mro__}  # of requests or httpx: versions of huggingface_hub differ
+    return status == 429 or status >= 500 or bool(names & {"ConnectionError", "Timeout", "TransportError"})
+
+
+def _transport_error() -> type[BaseException]:
+    """The base of the HTTP library's errors, whichever this version of huggingface_hub uses."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    bases = [kind for kind in reversed(HfHubHTTPError.__mro__) if kind.__name__ in ("HTTPError", "RequestException")]
+    return bases[0] if bases else HfHubHTTPError
+
+
+def _said(error: BaseException, options: HubOptions) -> str:
+    """The first line of an error's text, without the token."""
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    if isinstance(options.token, str) and options.token:
+        text = text.replace(options.token, "***")
+    return text
+
+
+def _header(error: Any, name: str) -> str | None:
+    headers = getattr(getattr(error, "response", None), "headers", None) or {}
+    return headers.get(name)
+
+
+def _offline_mode() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _cache_place(options: HubOptions) -> str:
+    from huggingface_hub import constants
+
+    return str(options.cache_dir or constants.HF_HUB_CACHE)

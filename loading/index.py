@@ -1,0 +1,90 @@
+"""Reader of ``model.safetensors.index.json``: which shard holds which tensor."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import FormatError, NotFoundError, PathError, UnsafeFormatError
+from .header import parse_json
+from .source import check_filename
+
+MAX_INDEX = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """``weight_map`` (tensor name to shard name), the shards in order, the rest of the metadata as it was."""
+
+    file: Path
+    weight_map: dict[str, str]
+    shards: tuple[str, ...]
+    metadata: dict[str, Any]
+
+    @property
+    def total_size(self) -> int | None:
+        """Bytes of all tensors as the index claims; None if it does not say."""
+        size = self.metadata.get("total_size")
+        if isinstance(size, float) and size.is_integer():  # some converters wrote 1e9
+            size = int(size)
+        return size if type(size) is int else None
+
+
+def read_index(file: str | os.PathLike[str]) -> Index:
+    """Read and check an index.
+
+    Raises FormatError (not JSON, wrong types, over 64 MiB), PathError (a shard outside the checkpoint) or
+    UnsafeFormatError (a shard that is not safetensors). A missing ``metadata`` is fine.
+    """
+    path = Path(file)
+    content = _content(path)
+    if type(content) is not dict:
+        raise FormatError(f"{path}: an index must be a JSON object, not {_kind(content)}")
+    weight_map = content.get("weight_map")
+    if type(weight_map) is not dict or not weight_map:
+        found = "is missing" if weight_map is None else f"is {_kind(weight_map)}" if weight_map != {} else "is empty"
+        raise FormatError(f"{path}: 'weight_map' {found}; it must map tensor names to shard names")
+    for name, shard in weight_map.items():
+        if type(shard) is not str:
+            raise FormatError(f"{path}: weight_map[{name!r}] must be a file name, not {_kind(shard)}")
+    shards = tuple(sorted(set(weight_map.values())))
+    for shard in shards:
+        _check_shard(shard, path)
+    metadata = content.get("metadata")
+    return Index(path, weight_map, shards, metadata if type(metadata) is dict else {})
+
+
+def _content(path: Path) -> Any:
+    try:
+        size = os.stat(path).st_size
+        if size > MAX_INDEX:
+            raise FormatError(f"{path} has {size} bytes; an index has at most {MAX_INDEX}")
+        raw = path.read_bytes()
+    except FileNotFoundError as error:
+        raise NotFoundError(f"no such file: {path}") from error
+    except FormatError:
+        raise
+    except OSError as error:
+        raise PathError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        return parse_json(raw.decode("utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path} is not a valid JSON index: {error}") from error
+
+
+def _check_shard(shard: str, path: Path) -> None:
+    try:
+        check_filename(shard)
+    except PathError as error:
+        raise PathError(f"{path}: weight_map names the shard {shard!r}, which is not inside the checkpoint") from error
+    if not shard.endswith(".safetensors"):
+        raise UnsafeFormatError(
+            f"{path}: weight_map names {shard!r}; only .safetensors shards are read, as other formats can run code"
+        )
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
+    return names.get(type(value), "null")

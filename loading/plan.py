@@ -1,0 +1,312 @@
+"""The plan of a load: what goes where, known from headers and a model on meta before a weight byte is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import (
+    ArgumentError,
+    FormatError,
+    MissingWeightsError,
+    ShapeMismatchError,
+    UnexpectedWeightsError,
+)
+from .checkpoint import Checkpoint
+from .device_map import DeviceMap, MaxMemory, Placement, place
+from .header import TensorEntry
+from .keys import match_keys
+from .tree import Tree, survey
+
+_SHOWN = 40
+_RECOMPUTED = ("rotary_emb.inv_freq", "position_ids")  # what older checkpoints hold of buffers that models recompute
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One tensor's way from a file to the model.
+
+    ``transform``: ``"map"`` (its bytes are mapped privately, nothing is read), ``"cast"`` (to ``dtype``), ``"copy"``
+    (same dtype, but to another device, or not aligned in the file) or ``"none"`` (stays on meta).
+    """
+
+    target: str
+    entry: TensorEntry
+    device: torch.device
+    dtype: torch.dtype
+    transform: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes at the destination."""
+        return self.entry.nbytes // self.entry.dtype.itemsize * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A checkpoint tensor whose shape is not the model's."""
+
+    name: str
+    file: Path
+    checkpoint_shape: tuple[int, ...]
+    model_shape: tuple[int, ...]
+    key: str
+
+    def __str__(self) -> str:
+        tensor = f"tensor {self.key!r}" + (f" (the model's {self.name!r})" if self.key != self.name else "")
+        return (
+            f"{tensor} in {self.file.name} has shape {self.checkpoint_shape}, the model expects {self.model_shape}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything a load will do.
+
+    ``moves`` in file order. ``missing``: weights of the model that no file has, to be initialised (``excused`` too,
+    but these are not reported). ``unexpected``: checkpoint tensors without a place. ``ignored``: those that need
+    none. ``tied``: weight to the loaded weight it shares. ``compare``: pairs to be tied that the checkpoint both
+    holds; they are tied only if they are equal, which their bytes must tell.
+    """
+
+    name: str
+    model_class: str
+    moves: tuple[Move, ...]
+    missing: tuple[str, ...]
+    excused: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    ignored: tuple[str, ...]
+    mismatched: tuple[Mismatch, ...]
+    tied: dict[str, str]
+    compare: dict[str, str]
+    placement: Placement
+    tree: Tree
+
+    @property
+    def to_initialize(self) -> tuple[str, ...]:
+        """Weights that get the architecture's initialisation instead of the checkpoint's values."""
+        names = (*self.missing, *self.excused, *(mismatch.name for mismatch in self.mismatched))
+        return tuple(name for name in dict.fromkeys(names) if name not in self.tied)
+
+    def check(self, *, strict: bool = False, ignore_mismatched_sizes: bool = False) -> None:
+        """Raise what makes the load impossible, or with ``strict`` imperfect, naming every tensor concerned."""
+        if self.mismatched and (strict or not ignore_mismatched_sizes):
+            advice = "" if strict else "; pass ignore_mismatched_sizes=True to initialise them instead"
+            raise ShapeMismatchError(
+                f"{self.name}: {len(self.mismatched)} tensors do not fit {self.model_class}: "
+                f"{'; '.join(str(mismatch) for mismatch in self.mismatched[:_SHOWN])}{_more(self.mismatched)}{advice}"
+            )
+        if strict and self.missing:
+            raise MissingWeightsError(
+                f"{self.name}: {len(self.missing)} weights of {self.model_class} are not in the checkpoint: "
+                f"{_listed(self.missing)}; strict=False would initialise them"
+            )
+        if strict and self.unexpected:
+            raise UnexpectedWeightsError(
+                f"{self.name}: {len(self.unexpected)} tensors have no place in {self.model_class}: "
+                f"{_listed(self.unexpected)}; strict=False would leave them out"
+            )
+
+    def _sizes(self) -> list[tuple[torch.device, torch.dtype, int]]:
+        """Device, dtype and bytes of each weight and buffer that will exist, what is tied counted once."""
+        twins = {*self.tied, *self.compare, *self.tree.shared}
+        return [
+            (self.placement.find(name) or self.placement.main_device, slot.tensor.dtype, slot.tensor.nbytes)
+            for name, slot in self.tree.slots()
+            if name not in twins
+        ]
+
+    def memory_by_device(self) -> dict[str, int]:
+        """Bytes of weights and buffers on each device once loaded."""
+        total: dict[str, int] = {}
+        for device, _dtype, size in self._sizes():
+            total[str(device)] = total.get(str(device), 0) + size
+        return total
+
+    def memory_by_dtype(self) -> dict[str, int]:
+        """Bytes of weights and buffers of each dtype once loaded."""
+        total: dict[str, int] = {}
+        for _device, dtype, size in self._sizes():
+            name = str(dtype).removeprefix("torch.")
+            total[name] = total.get(name, 0) + size
+        return total
+
+    def bytes_by_transform(self) -> dict[str, int]:
+        """Bytes at the destination for each transform in use."""
+        total: dict[str, int] = {}
+        for move in self.moves:
+            total[move.transform] = total.get(move.transform, 0) + move.nbytes
+        return total
+
+    def __str__(self) -> str:
+        from .report import describe_plan
+
+        return describe_plan(self)
+
+
+def make_plan(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory | None = None,
+    no_split: Collection[str] = (),
+    ties: Mapping[str, str] | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    base_model_prefix: str = "",
+    ignore_unexpected: Sequence[str] = (),
+    ignore_missing: Sequence[str] = (),
+    devices_must_exist: bool = True,
+) -> Plan:
+    """Plan the loading of ``checkpoint`` into ``model``, whose weights are on meta in their final dtypes.
+
+    Nothing is read and nothing allocated. Misfits are recorded, not raised: ``Plan.check`` raises them.
+    Raises DeviceMapError, IntegrityError (two tensors for one weight), ArgumentError (a bad regex) and FormatError
+    (a tensor whose dtype cannot become that of its weight).
+    """
+    tree = survey(model)
+    ties = _rooted({**tree.shared, **(ties or {})}, tree)
+    placement = place(
+        model,
+        device_map,
+        max_memory=max_memory,
+        no_split=no_split,
+        ties=ties,
+        tree=tree,
+        must_exist=devices_must_exist,
+    )
+    matched, left = match_keys(
+        checkpoint.entries, tree.weights, key_mapping=key_mapping, base_model_prefix=base_model_prefix
+    )
+    moves, mismatched = _moves(matched, checkpoint, tree, placement)
+    held = {move.target for move in moves}
+    absent = [name for name in tree.weights if name not in held]
+    wrong = {mismatch.name for mismatch in mismatched}
+    tied, compare = _resolve_ties(ties, held)
+    excuses, missing, excused = _patterns(ignore_missing, "ignore_missing"), [], []
+    for name in absent:
+        if name not in tied and name not in wrong:
+            (excused if any(excuse.search(name) for excuse in excuses) else missing).append(name)
+    unexpected, ignored = _sort_left(left, tree, _patterns(ignore_unexpected, "ignore_unexpected"))
+    return Plan(
+        name=checkpoint.name,
+        model_class=type(model).__name__,
+        moves=tuple(moves),
+        missing=tuple(missing),
+        excused=tuple(excused),
+        unexpected=tuple(unexpected),
+        ignored=tuple(ignored),
+        mismatched=tuple(mismatched),
+        tied=tied,
+        compare=compare,
+        placement=placement,
+        tree=tree,
+    )
+
+
+def _moves(
+    matched: Mapping[str, str], checkpoint: Checkpoint, tree: Tree, placement: Placement
+) -> tuple[list[Move], list[Mismatch]]:
+    moves, mismatched = [], []
+    entries, weights = checkpoint.entries, tree.weights
+    one = placement.find("") if len(placement.table) == 1 else None
+    for name, key in matched.items():  # in the order of the checkpoint's entries, which is that of the files
+        entry, tensor = entries[key], weights[name].tensor
+        if entry.shape != tensor.shape:
+            mismatched.append(Mismatch(name, entry.file, entry.shape, tuple(tensor.shape), key))
+            continue
+        device, dtype = one or placement.device_of(name), tensor.dtype
+        if device.type == "meta":
+            transform = "none"
+        elif entry.dtype != dtype:
+            _check_cast(entry, name, dtype)
+            transform = "cast"
+        else:
+            transform = "map" if device.type == "cpu" and entry.offset % dtype.itemsize == 0 else "copy"
+        moves.append(Move(name, entry, device, dtype, transform))
+    return moves, mismatched
+
+
+def _check_cast(entry: TensorEntry, name: str, dtype: torch.dtype) -> None:
+    if entry.dtype.is_floating_point and dtype.is_floating_point:
+        return
+    if not (entry.dtype.is_floating_point or entry.dtype.is_complex) and not dtype.is_floating_point:
+        return  # integers and booleans, for example a mask kept as uint8
+    raise FormatError(
+        f"tensor {entry.name!r} in {entry.file.name} is {str(entry.dtype).removeprefix('torch.')}, which cannot become "
+        f"the {str(dtype).removeprefix('torch.')} of {name!r}; is the checkpoint quantized in a way its config hides?"
+    )
+
+
+def _rooted(ties: Mapping[str, str], tree: Tree) -> dict[str, str]:
+    """Ties with chains followed to their end; names the model lacks are an error of the architecture."""
+    rooted = {}
+    for target in ties:
+        source, steps = ties[target], 0
+        while source in ties and steps <= len(ties):
+            source, steps = ties[source], steps + 1
+        for name in (target, source):
+            if name not in tree.weights:
+                raise ArgumentError(f"tied weight {name!r} is not a weight of the model")
+        if source != target and steps <= len(ties):
+            rooted[target] = source
+    return rooted
+
+
+def _resolve_ties(ties: Mapping[str, str], held: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Ties of what the checkpoint lacks to what it holds, and pairs that it holds both.
+
+    If it lacks the source, the first target it holds takes that role. If it lacks all, targets are tied to the source
+    after its initialisation, and all are missing: then they are in neither result but in ``late_ties``.
+    """
+    groups: dict[str, list[str]] = {}
+    for target, source in ties.items():
+        groups.setdefault(source, []).append(target)
+    tied: dict[str, str] = {}
+    compare: dict[str, str] = {}
+    for source, targets in groups.items():
+        members = [source, *targets]
+        root = next((name for name in members if name in held), None)
+        if root is None:
+            continue
+        for name in members:
+            if name == root:
+                continue
+            (compare if name in held else tied)[name] = root
+    return tied, compare
+
+
+def _sort_left(
+    left: Mapping[str, str], tree: Tree, patterns: Sequence[re.Pattern[str]]
+) -> tuple[list[str], list[str]]:
+    """Checkpoint tensors without a place: unexpected, or known to need none."""
+    tails = tuple(tail for tail in _RECOMPUTED if any(f".{name}".endswith(f".{tail}") for name in tree.transient))
+    unexpected, ignored = [], []
+    for name, key in left.items():
+        needless = (
+            key in tree.transient
+            or (tails and f".{key}".endswith(tuple(f".{tail}" for tail in tails)))
+            or any(pattern.search(name) or pattern.search(key) for pattern in patterns)
+        )
+        (ignored if needless else unexpected).append(name)
+    return unexpected, ignored
+
+
+def _patterns(regexes: Sequence[str], what: str) -> list[re.Pattern[str]]:
+    try:
+        return [re.compile(regex) for regex in regexes]
+    except (re.error, TypeError) as error:
+        raise ArgumentError(f"{what}: not a regex: {error}") from error
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names[:_SHOWN]) + _more(names)
+
+
+def _more(things: Sequence[object]) -> str:
+    return f" and {len(things) - _SHOWN} more" if len(things) > _SHOWN else ""

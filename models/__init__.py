@@ -1,0 +1,1 @@
+"""Floor 4, what it computes: configurations, native torch modules, caches, generation."""

@@ -1,0 +1,333 @@
+"""The base of every causal language model: forward, loss, accessors, and the doors to loading, saving and generation.
+
+An architecture subclasses `CausalLM`, sets the class attributes below, builds a `Decoder` under ``base_model_prefix``
+and a head named ``lm_head``, and calls ``post_init()`` last. Everything else is inherited.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..errors import ArgumentError, AttentionError, ConfigError, nearest
+from . import pretrained
+from .configuration import PreTrainedConfig
+from .outputs import CausalLMOutputWithPast, keep_positions
+
+_Model = TypeVar("_Model", bound="CausalLM")
+_LOSS_KWARGS = ("num_items_in_batch", "shift_labels", "ignore_index")
+
+
+class CausalLM(nn.Module):
+    """A decoder and a language-modelling head.
+
+    Class attributes an architecture declares:
+    ``config_class``; ``base_model_prefix``: the attribute that holds the decoder, and the prefix of its state-dict
+    keys; ``_tied_weights_keys``: {tied parameter: its source}, in force when ``config.tie_word_embeddings``;
+    ``_no_split_modules``: class names never split over devices; ``_keys_to_ignore_on_load_unexpected`` and
+    ``_keys_to_ignore_on_load_missing``: regular expressions of checkpoint keys that are no news.
+    """
+
+    config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
+    base_model_prefix: ClassVar[str] = "model"
+    main_input_name: ClassVar[str] = "input_ids"
+    supports_gradient_checkpointing: ClassVar[bool] = True
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}
+    _no_split_modules: ClassVar[list[str]] = []
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = []
+    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = []
+
+    lm_head: nn.Module
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        if not isinstance(config, PreTrainedConfig):
+            raise ConfigError(
+                f"{type(self).__name__} is built from a {self.config_class.__name__}, got {type(config).__name__}; "
+                f"to load weights use {type(self).__name__}.from_pretrained(name_or_path)"
+            )
+        self.config: Any = config
+        self.load_report: Any = None
+        self._generation_config: Any = None
+        if config._attn_implementation is None:
+            config._attn_implementation = "eager" if config.output_attentions else "sdpa"
+        kernels.check_attention(config._attn_implementation)
+        if config.output_attentions and not kernels.returns_weights(config._attn_implementation):
+            raise AttentionError(
+                f"config.output_attentions=True needs attn_implementation='eager', not {config._attn_implementation!r}"
+            )
+
+    def post_init(self) -> None:
+        """Initialise the parameters and tie what is tied. The last line of an architecture's ``__init__``.
+
+        On the meta device, where loading builds models, there is nothing to initialise yet.
+        """
+        if any(parameter.is_meta for parameter in self.parameters()):
+            return
+        with torch.no_grad():
+            self.apply(self._init_weights)
+        self.tie_weights()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise one module's own parameters: normal with ``config.initializer_range``, norms 1, biases 0."""
+        std = getattr(self.config, "initializer_range", 0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+            if module.padding_idx is not None:
+                nn.init.zeros_(module.weight[module.padding_idx])
+        elif "Norm" in type(module).__name__:
+            if getattr(module, "weight", None) is not None:
+                nn.init.ones_(module.weight)  # type: ignore[arg-type]
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+    # Forward
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **loss_kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits, and the loss if labels are given.
+
+        input_ids: (batch, seq), int64; or inputs_embeds: (batch, seq, hidden_size).
+        attention_mask: (batch, past + seq), 1 = keep, padding on either side; or dense (batch, heads, seq, keys).
+        position_ids: (batch or 1, seq); default: the places after what the cache has seen. They are not derived from
+            the mask: left-padded rows need them (``generate`` passes them). Without mask and past, positions that
+            start over mark packed sequences, which do not see each other.
+        past_key_values: a cache, filled in place; use_cache: whether to make one (default ``config.use_cache``).
+        labels: (batch, seq), int64, -100 = ignored; shifted inside. loss_kwargs: ``num_items_in_batch``,
+            ``shift_labels``, ``ignore_index`` (see `kernels.causal_lm_loss`).
+        logits_to_keep: logits for the last n positions only (0: all), or a tensor of positions (`keep_positions`).
+        Returns a CausalLMOutputWithPast, or the tuple of its set fields if ``return_dict`` is false.
+        Raises ArgumentError for unknown keywords or contradicting inputs; AttentionError for attention weights that
+            the implementation does not hold.
+        """
+        unknown = [name for name in loss_kwargs if name not in _LOSS_KWARGS]
+        if unknown:
+            hint = nearest(unknown[0], ("input_ids", "attention_mask", "position_ids", "labels", *_LOSS_KWARGS))
+            raise ArgumentError(f"{type(self).__name__}.forward got an unknown argument {unknown[0]!r}{hint}")
+        outputs = self.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None or loss_kwargs.get("shift_labels") is not None:
+            loss = kernels.causal_lm_loss(logits, labels, **loss_kwargs)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if return_dict else result.to_tuple()  # type: ignore[return-value]
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """Continue prompts; see `loadstone.models.generation.generate` for all options.
+
+        inputs: (batch, seq), int64. Returns (batch, seq + new), int64, or an output object if asked for.
+        """
+        from .generation import generate
+
+        return generate(self, inputs, generation_config=generation_config, **kwargs)
+
+    @property
+    def generation_config(self) -> Any:
+        """The generation defaults: of the checkpoint if it had any, else derived from the configuration."""
+        if self._generation_config is None:
+            from .generation import GenerationConfig
+
+            self._generation_config = GenerationConfig.from_model_config(self.config)
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self._generation_config = value
+
+    def can_generate(self) -> bool:
+        """True: every causal language model can."""
+        return True
+
+    def set_attn_implementation(self, name: str) -> None:
+        """Switch attention ("eager", "sdpa", or a registered name) from the next forward on.
+
+        Raises AttentionError if the name is unknown.
+        """
+        self.config._attn_implementation = kernels.check_attention(name)
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(cls: type[_Model], pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint; see `AutoModelForCausalLM.from_pretrained` for the arguments."""
+        return pretrained.load_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @classmethod
+    def from_config(cls: type[_Model], config: PreTrainedConfig, **kwargs: Any) -> _Model:
+        """A randomly initialised model, in training mode; see `AutoModelForCausalLM.from_config`."""
+        return pretrained.build_from_config(cls, config, **kwargs)
+
+    _from_config = from_config
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        token: str | bool | None = None,
+        safe_serialization: bool = True,
+        **push_kwargs: Any,
+    ) -> None:
+        """Write weights as safetensors, the index if sharded, config.json and generation_config.json.
+
+        The directory holds the old checkpoint or the new one whole, whatever happens in between.
+        is_main_process: False writes nothing (distributed training). state_dict: instead of the model's own.
+        max_shard_size: bytes or "5GB". variant: as in ``model.<variant>.safetensors``. push_to_hub: upload too, with
+        ``push_kwargs`` as in `push_to_hub` (repo_id defaults to the directory's name).
+        Raises CheckpointError (PathError, ...) with the old checkpoint untouched; ArgumentError for
+        ``safe_serialization=False`` or an unknown keyword.
+        """
+        pretrained.save_pretrained(
+            self,
+            save_directory,
+            is_main_process=is_main_process,
+            state_dict=state_dict,
+            push_to_hub=push_to_hub,
+            max_shard_size=max_shard_size,
+            variant=variant,
+            token=token,
+            safe_serialization=safe_serialization,
+            **push_kwargs,
+        )
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload weights, configuration and a model card to the Hub; keywords as in `loading.upload.push_to_hub`."""
+        return pretrained.push_to_hub(self, repo_id, **kwargs)
+
+    # Weights
+
+    def active_ties(self) -> dict[str, str]:
+        """{tied parameter: its source}, of those the configuration puts in force."""
+        return dict(self._tied_weights_keys) if self.config.tie_word_embeddings else {}
+
+    def tie_weights(self) -> None:
+        """Make each tied parameter the same object as its source."""
+        for target, source in self.active_ties().items():
+            owner, _, name = target.rpartition(".")
+            setattr(self.get_submodule(owner), name, self.get_parameter(source))
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The decoder without its head."""
+        return getattr(self, self.base_model_prefix)
+
+    def get_decoder(self) -> nn.Module:
+        """The decoder without its head."""
+        return self.base_model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.base_model.get_input_embeddings()  # type: ignore[operator]
+
+    def set_input_embeddings(self, module: nn.Module) -> None:
+        """Replace the token embedding, and tie the head to it if they are tied."""
+        self.base_model.set_input_embeddings(module)  # type: ignore[operator]
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language-modelling head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, module: nn.Module) -> None:
+        """Replace the language-modelling head."""
+        self.lm_head = module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first floating-point parameter."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter, which is where inputs belong."""
+        return next(self.parameters()).device
+
+    @property
+    def name_or_path(self) -> str:
+        """What the model was loaded from, or an empty string."""
+        return self.config.name_or_path
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters, tied ones counted once."""
+        excluded: set[int] = set()
+        if exclude_embeddings:
+            excluded = {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        return sum(
+            p.numel() for p in self.parameters() if id(p) not in excluded and (p.requires_grad or not only_trainable)
+        )
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of parameters and, unless told not to, buffers; tied ones counted once."""
+        tensors: Iterator[Tensor] = self.parameters()
+        total = sum(p.nbytes for p in tensors)
+        return total + sum(b.nbytes for b in self.buffers()) if return_buffers else total
+
+    # Training
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute each layer's activations in the backward pass instead of holding them.
+
+        gradient_checkpointing_kwargs: for ``torch.utils.checkpoint.checkpoint``; ``use_reentrant`` is False by default.
+        No cache is filled while training so.
+        """
+        self.base_model.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}  # type: ignore[assignment]
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Hold activations again."""
+        self.base_model.checkpointing = None  # type: ignore[assignment]
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed in training."""
+        return getattr(self.base_model, "checkpointing", None) is not None
+
+    def enable_input_require_grads(self) -> None:
+        """Let gradients flow to the embeddings' output although the embedding is frozen (adapters need it)."""
+        embedding = self.get_input_embeddings()
+        self._input_grads_hook = embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
+
+    def disable_input_require_grads(self) -> None:
+        """Undo `enable_input_require_grads`."""
+        self._input_grads_hook.remove()

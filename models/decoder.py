@@ -1,0 +1,112 @@
+"""The walk that decoders share: inputs to embeddings, mask and cache once, then the layers, then the final norm."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import kernels
+from ..errors import ArgumentError, AttentionError
+from .cache import DynamicCache, layer_windows
+from .masks import build_mask
+from .outputs import BaseModelOutputWithPast
+
+
+class Decoder(nn.Module):
+    """Base of decoder stacks. A subclass builds the modules named below and says in `embed` how positions enter.
+
+    ``embedding_name``, ``layers_name``, ``norm_name``: the attributes that hold the token embedding, the ModuleList of
+    layers and the final norm. A layer is called as ``layer(hidden_states, *beside, mask, cache, output_attentions)``
+    and returns (hidden_states, attention weights or None).
+    """
+
+    embedding_name: ClassVar[str] = "embed_tokens"
+    layers_name: ClassVar[str] = "layers"
+    norm_name: ClassVar[str] = "norm"
+
+    config: Any
+    checkpointing: dict[str, Any] | None = None
+    """Keyword arguments of torch's checkpoint while activations are recomputed in the backward pass, else None."""
+
+    def embed(self, inputs_embeds: Tensor, position_ids: Tensor, length: int | None) -> tuple[Tensor, tuple[Any, ...]]:
+        """From token embeddings (batch, seq, hidden_size) and positions (batch or 1, seq) to the first hidden states
+        and what every layer gets beside them. length: tokens seen including these, None if the caller chose positions.
+        """
+        return inputs_embeds, ()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return getattr(self, self.embedding_name)
+
+    def set_input_embeddings(self, module: nn.Module) -> None:
+        """Replace the token embedding."""
+        setattr(self, self.embedding_name, module)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """See `CausalLM.forward`; returns the final hidden states (batch, seq, hidden_size)."""
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        use_cache = config.use_cache if use_cache is None else use_cache
+        recompute = self.checkpointing is not None and self.training
+        if output_attentions and not kernels.returns_weights(config._attn_implementation):
+            raise AttentionError(
+                f"output_attentions=True needs an implementation that holds the weights, not "
+                f"{config._attn_implementation!r}; call model.set_attn_implementation('eager')"
+            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ArgumentError("pass exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        cache = past_key_values
+        if recompute:
+            cache = None  # a recomputed forward would append its keys twice
+        elif cache is None and use_cache:
+            cache = DynamicCache(config)
+
+        windows = layer_windows(config)
+        masks = {
+            window: build_mask(
+                inputs_embeds, attention_mask, position_ids, cache, window=window, layer_idx=windows.index(window)
+            )
+            for window in dict.fromkeys(windows)
+        }
+        length = None
+        if position_ids is None:
+            past = cache.get_seq_length() if cache is not None else 0
+            length = past + inputs_embeds.shape[1]
+            position_ids = torch.arange(past, length, device=inputs_embeds.device)[None]
+        hidden_states, beside = self.embed(inputs_embeds, position_ids, length)
+
+        all_hidden_states, all_attentions = [], []
+        for layer, window in zip(getattr(self, self.layers_name), windows, strict=True):
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            arguments = (hidden_states, *beside, masks[window], cache, output_attentions)
+            hidden_states, weights = (
+                checkpoint(layer, *arguments, **self.checkpointing) if recompute else layer(*arguments)  # type: ignore[arg-type]
+            )
+            if output_attentions:
+                all_attentions.append(weights)
+        hidden_states = getattr(self, self.norm_name)(hidden_states)
+        if output_hidden_states:
+            all_hidden_states.append(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=cache,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+        )

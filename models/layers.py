@@ -1,0 +1,64 @@
+"""Layers that the architectures share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+
+
+class Linear(nn.Linear):
+    """A linear layer that leaves its initialisation to the model it is part of."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: `CausalLM` initialises or loads every parameter, so that drawing values here would be thrown away."""
+
+
+class Embedding(nn.Embedding):
+    """An embedding that leaves its initialisation to the model it is part of."""
+
+    def reset_parameters(self) -> None:
+        """Nothing, for the reason given in `Linear`."""
+
+
+class Conv1D(nn.Module):
+    """A linear layer with its weight stored (in_features, out_features), as GPT-2's checkpoints hold it."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.nf, self.nx = out_features, in_features
+        self.weight = nn.Parameter(torch.empty(in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., in_features) → (..., out_features)."""
+        rows = torch.addmm(self.bias, hidden_states.reshape(-1, self.nx), self.weight)
+        return rows.view(*hidden_states.shape[:-1], self.nf)
+
+    def extra_repr(self) -> str:
+        return f"nf={self.nf}, nx={self.nx}"
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight; see `kernels.rms_norm`."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., hidden_size) → the same."""
+        return kernels.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+def padding_index(config: Any) -> int | None:
+    """The row of the embedding that gets no gradient: pad_token_id, where it is a row at all (some files say -1)."""
+    pad = config.pad_token_id
+    return pad if pad is not None and 0 <= pad < config.vocab_size else None

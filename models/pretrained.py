@@ -1,0 +1,262 @@
+"""From a checkpoint to a model and back: what `CausalLM.from_pretrained`, ``from_config`` and ``save_pretrained`` do.
+
+The way of the data: source → configuration → meta model → plan → stream → report. Nothing is read but headers, and
+nothing is allocated, before every argument, name and shape is known to be right.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, ConfigError, nearest
+from ..kernels import check_attention
+from ..loading.checkpoint import Checkpoint, open_checkpoint
+from ..loading.load import load_into
+from ..loading.source import Source, resolve_source
+from ..quant import refuse_quantized
+from .configuration import PreTrainedConfig
+from .fields import parse_dtype
+
+if TYPE_CHECKING:
+    from .causal_lm import CausalLM
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_LOAD_ARGUMENTS = (
+    "config", "dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation", "quantization_config",
+    "variant", "use_safetensors", "key_mapping", "ignore_mismatched_sizes", "strict", "output_loading_info",
+    "generation_config", "trust_remote_code", "code_revision", "progress",
+)  # fmt: skip
+_NO_EFFECT = ("low_cpu_mem_usage",)  # what it asked for is how loading works
+
+
+def load_pretrained(
+    cls: type[CausalLM],
+    name_or_path: str | os.PathLike[str] | Source,
+    *model_args: Any,
+    config: PreTrainedConfig | str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    attn_implementation: str | None = None,
+    quantization_config: Any = None,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    ignore_mismatched_sizes: bool = False,
+    strict: bool = False,
+    output_loading_info: bool = False,
+    generation_config: Any = None,
+    trust_remote_code: bool | None = None,
+    code_revision: str | None = None,
+    progress: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """See `AutoModelForCausalLM.from_pretrained`."""
+    if model_args:
+        raise ArgumentError(
+            f"{cls.__name__}.from_pretrained takes keyword arguments after the name, got {len(model_args)} more values"
+        )
+    hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+    for name in _NO_EFFECT:
+        kwargs.pop(name, None)
+    source = resolve_source(name_or_path, **hub)
+    config = _configuration(cls, source, config, kwargs, hub)
+    if attn_implementation is not None:
+        config._attn_implementation = check_attention(attn_implementation)
+    refuse_quantized(source.name, getattr(config, "quantization_config", None), quantization_config)
+    checkpoint = open_checkpoint(source, variant=variant, use_safetensors=use_safetensors)
+    config.dtype = _choose_dtype(dtype if dtype is not None else torch_dtype, config, checkpoint)
+    generation_config = _generation_config(generation_config, source, config)
+
+    model = build_on_meta(cls, config)
+    report = load_into(
+        model,
+        checkpoint,
+        device_map=device_map,
+        max_memory=max_memory,
+        no_split=model._no_split_modules,
+        skip_keys=model._skip_keys_device_placement,
+        ties=model.active_ties(),
+        key_mapping=key_mapping,
+        base_model_prefix=model.base_model_prefix,
+        ignore_unexpected=model._keys_to_ignore_on_load_unexpected,
+        ignore_missing=model._keys_to_ignore_on_load_missing,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+        strict=strict,
+        initialize=model._init_weights,
+        progress=progress,
+    )
+    model.load_report = report
+    model.generation_config = generation_config
+    model.eval()
+    return (model, report.loading_info()) if output_loading_info else model
+
+
+def _configuration(
+    cls: type[CausalLM], source: Source, given: Any, kwargs: dict[str, Any], hub: dict[str, Any]
+) -> PreTrainedConfig:
+    """The configuration to build from: the caller's, copied, or the checkpoint's with the caller's overrides."""
+    expected = cls.config_class
+    if isinstance(given, PreTrainedConfig):
+        if kwargs:
+            name = next(iter(kwargs))
+            if expected.has_field(name):
+                raise ArgumentError(
+                    f"{name}= was given beside config=; set config.{name} instead, so that it is clear which one counts"
+                )
+            raise _unknown_argument(cls, name)
+        config = copy.deepcopy(given)
+        config.name_or_path = source.name
+        return config
+    for name in kwargs:
+        if not expected.has_field(name):
+            raise _unknown_argument(cls, name)
+    if given is None:
+        return expected.from_pretrained(source, **kwargs)
+    return expected.from_pretrained(given, **hub, **{**kwargs, "name_or_path": source.name})
+
+
+def _unknown_argument(cls: type[CausalLM], name: str) -> ArgumentError:
+    known = [*_LOAD_ARGUMENTS, *HUB_ARGUMENTS, *cls.config_class.field_names()]
+    if name in ("load_in_4bit", "load_in_8bit"):
+        return ArgumentError(f"{name}= is not an argument of from_pretrained; pass quantization_config=")
+    return ArgumentError(
+        f"from_pretrained got an unknown argument {name!r}{nearest(name, known)} It is neither an option of "
+        f"loading nor a field of {cls.config_class.__name__}"
+    )
+
+
+def _choose_dtype(asked: Any, config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """None and "auto": what config.json says, else the dtype of the first floating-point tensor of the checkpoint."""
+    if asked is not None and asked != "auto":
+        return parse_dtype(asked)
+    if config.dtype is not None:
+        return config.dtype
+    floating = (entry.dtype for entry in checkpoint.entries.values() if entry.dtype.is_floating_point)
+    return next(floating, torch.get_default_dtype())
+
+
+def _generation_config(given: Any, source: Source, config: PreTrainedConfig) -> Any:
+    if given is not None:
+        return given
+    if (path := source.find("generation_config.json")) is None:
+        return None
+    from .generation import GenerationConfig
+
+    return GenerationConfig.from_file(path)
+
+
+def build_on_meta(cls: type[CausalLM], config: PreTrainedConfig) -> CausalLM:
+    """The module tree with every parameter on the meta device, floating-point ones in ``config.dtype``."""
+    with torch.device("meta"):
+        model = cls(config)
+    dtype = config.dtype or torch.get_default_dtype()
+    if dtype == torch.get_default_dtype():
+        return model
+    recast: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_floating_point():
+                continue
+            if id(parameter) not in recast:
+                recast[id(parameter)] = nn.Parameter(
+                    torch.empty_like(parameter, dtype=dtype), requires_grad=parameter.requires_grad
+                )
+            module._parameters[name] = recast[id(parameter)]
+    return model
+
+
+def build_from_config(
+    cls: type[CausalLM],
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    **kwargs: Any,
+) -> CausalLM:
+    """See `AutoModelForCausalLM.from_config`."""
+    if not isinstance(config, PreTrainedConfig):
+        raise ConfigError(f"from_config takes a configuration object, got {type(config).__name__}")
+    for name in kwargs:
+        if name == "trust_remote_code":  # nothing here comes from anywhere else
+            continue
+        raise ArgumentError(
+            f"from_config got an unknown argument {name!r}{nearest(name, ('dtype', 'attn_implementation'))}"
+        )
+    config = copy.deepcopy(config)
+    asked = dtype if dtype is not None else torch_dtype
+    if asked is not None and asked != "auto":
+        config.dtype = parse_dtype(asked)
+    elif config.dtype is None:
+        config.dtype = torch.get_default_dtype()
+    if attn_implementation is not None:
+        config._attn_implementation = check_attention(attn_implementation)
+    model = cls(config)
+    if config.dtype != torch.get_default_dtype():
+        model.to(config.dtype)
+    return model
+
+
+def save_pretrained(
+    model: CausalLM,
+    save_directory: str | os.PathLike[str],
+    *,
+    is_main_process: bool,
+    state_dict: dict[str, Tensor] | None,
+    push_to_hub: bool,
+    max_shard_size: int | str,
+    variant: str | None,
+    token: str | bool | None,
+    safe_serialization: bool,
+    **push_kwargs: Any,
+) -> None:
+    """See `CausalLM.save_pretrained`."""
+    from ..loading.save import save_checkpoint
+
+    if not safe_serialization:
+        raise ArgumentError("safe_serialization=False would write pickles; loadstone writes safetensors only")
+    if push_kwargs and not push_to_hub:
+        name = next(iter(push_kwargs))
+        raise ArgumentError(f"save_pretrained got an unknown argument {name!r} (push_to_hub is False)")
+    if is_main_process:
+        save_checkpoint(
+            save_directory,
+            model.state_dict() if state_dict is None else state_dict,
+            texts=_texts(model),
+            max_shard_size=max_shard_size,
+            variant=variant,
+            tied=tuple(model.active_ties()),
+        )
+    if push_to_hub and is_main_process:
+        from ..loading.upload import push_directory
+
+        repo_id = push_kwargs.pop("repo_id", None) or Path(save_directory).resolve().name
+        push_directory(save_directory, repo_id, token=token, **push_kwargs)
+
+
+def _texts(model: CausalLM) -> dict[str, str]:
+    """The text files of a checkpoint, by name."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    return {"config.json": config.to_json_string(), "generation_config.json": model.generation_config.to_json_string()}
+
+
+def push_to_hub(model: CausalLM, repo_id: str, *, max_shard_size: int | str = "50GB", **kwargs: Any) -> Any:
+    """See `CausalLM.push_to_hub`."""
+    import tempfile
+
+    from ..loading.upload import push_directory
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        return push_directory(folder, repo_id, **kwargs)

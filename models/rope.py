@@ -1,0 +1,244 @@
+"""Rotary position embeddings: their parameters in a configuration, and the table of angles.
+
+Types: default (Su et al. 2021, arXiv:2104.09864), linear (position interpolation, Chen et al. 2023,
+arXiv:2306.15595), dynamic (NTK-aware with a base that follows the length), yarn (Peng et al. 2023, arXiv:2309.00071),
+longrope (Ding et al. 2024, arXiv:2402.13753), llama3 (Llama 3.1's frequency bands).
+
+Notable: frequencies are fp32 whatever the model is cast to. dynamic and longrope depend on the length of the present
+input alone, never on what was seen before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, nearest
+
+_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+_POSITIVE = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+             "attention_factor", "original_max_position_embeddings")  # fmt: skip
+
+
+def standard_rope_parameters(values: dict[str, Any], default_theta: float = 10000.0) -> dict[str, Any]:
+    """Merge both spellings (rope_parameters; rope_theta + rope_scaling) into one ``rope_parameters`` entry.
+
+    values: configuration fields by name; consumed spellings are removed. Returns the same dictionary.
+    """
+    present = [name for name in ("rope_parameters", "rope_scaling", "rope_theta") if name in values]
+    if not present:
+        return values
+    theta = values.pop("rope_theta", None)
+    scaling = values.pop("rope_scaling", None)
+    merged = values.pop("rope_parameters", None) or scaling or {}
+    if not isinstance(merged, dict):
+        raise ConfigError(f"rope_parameters must be a JSON object, got {merged!r}")
+    merged = dict(merged)
+    old_type = merged.pop("type", None)
+    merged.setdefault("rope_type", old_type or "default")
+    if merged["rope_type"] in ("su", "mrope"):
+        merged["rope_type"] = {"su": "longrope"}.get(merged["rope_type"], merged["rope_type"])
+    merged.setdefault("rope_theta", default_theta if theta is None else theta)
+    values["rope_parameters"] = merged
+    return values
+
+
+def check_rope_parameters(parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> None:
+    """Complete ``parameters`` in place and raise ConfigError for an unknown type or a missing or bad value."""
+    parameters.setdefault("rope_type", "default")
+    parameters.setdefault("rope_theta", 10000.0)
+    kind = parameters["rope_type"]
+    if kind not in _NEEDS:
+        hint = nearest(kind, _NEEDS) if isinstance(kind, str) else ""
+        raise ConfigError(f"rope_type {kind!r} is not known{hint} known: {', '.join(_NEEDS)}")
+    if kind in ("yarn", "longrope", "llama3"):
+        parameters.setdefault("original_max_position_embeddings", max_position_embeddings)
+    missing = [name for name in _NEEDS[kind] if parameters.get(name) is None]
+    if kind == "yarn" and missing == ["factor"]:  # the ratio of the lengths stands in
+        missing = []
+    if missing:
+        raise ConfigError(f"rope_type {kind!r} needs {', '.join(missing)} in rope_parameters, got {parameters}")
+    for name in _POSITIVE:
+        value = parameters.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ConfigError(f"rope_parameters[{name!r}] must be a positive number, got {value!r}")
+    rotary_dim = _rotary_dim(parameters, head_dim)
+    if rotary_dim % 2 or rotary_dim < 2:
+        raise ConfigError(f"rotary embeddings need an even head_dim, got {rotary_dim}")
+    for name in ("short_factor", "long_factor"):
+        if kind == "longrope":
+            _check_factors(name, parameters[name], rotary_dim // 2)
+    if kind == "llama3" and parameters["high_freq_factor"] <= parameters["low_freq_factor"]:
+        raise ConfigError("rope_parameters: high_freq_factor must be greater than low_freq_factor")
+
+
+def _check_factors(name: str, values: Any, length: int) -> None:
+    numbers = isinstance(values, (list, tuple)) and all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < math.inf for v in values
+    )
+    if not numbers or len(values) != length:
+        raise ConfigError(f"rope_parameters[{name!r}] must be a list of {length} positive numbers, got {values!r}")
+
+
+def _rotary_dim(parameters: dict[str, Any], head_dim: int) -> int:
+    factor = parameters.get("partial_rotary_factor", 1.0)
+    if factor != 1.0:
+        raise ConfigError(f"partial_rotary_factor={factor!r} is not supported: all of head_dim is rotated")
+    return head_dim
+
+
+def _base_frequencies(theta: float | Tensor, dim: int) -> Tensor:
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+
+
+def _default(p: dict[str, Any], dim: int, longest: int, length: int | Tensor | None) -> tuple[Tensor, float]:
+    return _base_frequencies(p["rope_theta"], dim), 1.0
+
+
+def _linear(p: dict[str, Any], dim: int, longest: int, length: int | Tensor | None) -> tuple[Tensor, float]:
+    return _base_frequencies(p["rope_theta"], dim) / p["factor"], 1.0
+
+
+def _dynamic(p: dict[str, Any], dim: int, longest: int, length: int | Tensor | None) -> tuple[Tensor, float]:
+    factor = p["factor"]
+    if isinstance(length, Tensor):
+        length = torch.clamp(length.float().cpu(), min=float(longest))
+    else:
+        length = max(length or 0, longest)
+    stretch = (factor * length / longest) - (factor - 1)
+    return _base_frequencies(p["rope_theta"] * stretch ** (dim / (dim - 2)), dim), 1.0
+
+
+def _yarn(p: dict[str, Any], dim: int, longest: int, length: int | Tensor | None) -> tuple[Tensor, float]:
+    theta, original = p["rope_theta"], p["original_max_position_embeddings"]
+    factor = p["factor"] if p.get("factor") is not None else longest / original
+
+    def attention_scale(scale: float, weight: float = 1.0) -> float:
+        return 0.1 * weight * math.log(scale) + 1.0 if scale > 1 else 1.0
+
+    scaling = p.get("attention_factor")
+    if scaling is None:
+        mscale, mscale_all = p.get("mscale"), p.get("mscale_all_dim")
+        if mscale and mscale_all:
+            scaling = attention_scale(factor, mscale) / attention_scale(factor, mscale_all)
+        else:
+            scaling = attention_scale(factor)
+
+    def dimension_of(rotations: float) -> float:  # the dimension that turns this often over the original length
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension_of(p.get("beta_fast") or 32), dimension_of(p.get("beta_slow") or 1)
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    extrapolated = _base_frequencies(theta, dim)
+    keep = 1 - ramp
+    return extrapolated / factor * (1 - keep) + extrapolated * keep, float(scaling)
+
+
+def _longrope(p: dict[str, Any], dim: int, longest: int, length: int | Tensor | None) -> tuple[Tensor, float]:
+    original = p["original_max_position_embeddings"]
+    factor = p["factor"] if p.get("factor") is not None else longest / original
+    scaling = p.get("attention_factor")
+    if scaling is None:
+        scaling = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    short = torch.tensor(p["short_factor"], dtype=torch.float32)
+    factors = short
+    if length is not None:
+        long = torch.tensor(p["long_factor"], dtype=torch.float32)
+        factors = torch.where(torch.as_tensor(length).cpu() > original, long, short)
+    return 1.0 / (factors * p["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)), float(scaling)
+
+
+def _llama3(p: dict[str, Any], dim: int, longest: int, length: int | Tensor | None) -> tuple[Tensor, float]:
+    original, factor = p["original_max_position_embeddings"], p["factor"]
+    low, high = p["low_freq_factor"], p["high_freq_factor"]
+    frequencies = _base_frequencies(p["rope_theta"], dim)
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (original / wavelengths - low) / (high - low)
+    between = (1 - smooth) * frequencies / factor + smooth * frequencies
+    long_wave, short_wave = wavelengths > original / low, wavelengths < original / high
+    scaled = torch.where(long_wave, frequencies / factor, frequencies)
+    return torch.where(~long_wave & ~short_wave, between, scaled), 1.0
+
+
+_FREQUENCIES: dict[str, Callable[[dict[str, Any], int, int, Any], tuple[Tensor, float]]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "llama3": _llama3,
+}
+
+
+class RotaryEmbedding(nn.Module):
+    """The cosines and sines of each position, in the form `apply_rotary` takes.
+
+    Holds ``inv_freq`` (head_dim / 2,), fp32, not in the state dict; casting the model does not cast it.
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self, parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> None:
+        super().__init__()
+        self.parameters = parameters
+        self.head_dim = head_dim
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_type = parameters["rope_type"]
+        self.follows_length = self.rope_type in ("dynamic", "longrope")
+        self.attention_scaling = 1.0
+        self.register_buffer("inv_freq", torch.empty(head_dim // 2), persistent=False)
+        if not self.inv_freq.is_meta:
+            self.reset_buffers(self.inv_freq.device)
+
+    def frequencies(self, length: int | Tensor | None = None) -> tuple[Tensor, float]:
+        """Inverse frequencies (head_dim / 2,), fp32 on the CPU, and the factor on cosines and sines."""
+        with torch.device("cpu"):
+            compute = _FREQUENCIES[self.rope_type]
+            return compute(self.parameters, self.head_dim, self.max_position_embeddings, length)
+
+    def reset_buffers(self, device: torch.device) -> None:
+        """Compute ``inv_freq`` anew on ``device``."""
+        inv_freq, self.attention_scaling = self.frequencies()
+        self.inv_freq = inv_freq.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        moved = fn(self.inv_freq)
+        # bf16 angles are off by whole turns at long positions: follow the device, never the dtype
+        self.inv_freq = moved if moved.dtype == torch.float32 else self.inv_freq.to(moved.device)
+        return self
+
+    def forward(self, position_ids: Tensor, length: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """position_ids: (batch or 1, seq), integer. length: tokens seen so far with these, or None to take it from
+        the positions (a synchronisation on a GPU; only types that follow the length ask).
+        Returns cos and sin, each (batch or 1, 1, seq, head_dim) in ``dtype``, the first half of sin negated.
+        """
+        inv_freq = self.inv_freq
+        if self.follows_length:
+            seen = position_ids.max() + 1 if length is None else length
+            inv_freq = self.frequencies(seen)[0].to(position_ids.device)
+        angles = position_ids[:, None, :, None].float() * inv_freq
+        cos, sin = angles.cos(), angles.sin()
+        if self.attention_scaling != 1.0:
+            cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.rope_type}, head_dim={self.head_dim}, theta={self.parameters['rope_theta']}"
