@@ -1,6 +1,6 @@
 """Floor 1, how fast: tensor functions and one dispatch. Tensors in, tensors out; no modules, no configurations."""
 
-from .activation import activation, activation_names
+from .activation import activation, activation_names, gated
 from .attention import (
     AttentionFunction,
     attention,
@@ -24,6 +24,7 @@ __all__ = [
     "attention_names",
     "causal_lm_loss",
     "check_attention",
+    "gated",
     "register_attention",
     "returns_weights",
     "rms_norm",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Activation = Callable[[Tensor], Tensor]
@@ -63,3 +65,31 @@ def activation_names() -> list[str]:
 def activation(name: str) -> Activation:
     """The elementwise function called ``name``. Raises KeyError; configurations check the name first."""
     return _TABLE[name]
+
+
+def gated(name: str, gate: Tensor, up: Tensor) -> Tensor:
+    """``activation(name)(gate) * up``, the gate of a GLU (Shazeer 2020, arXiv:2002.05202).
+
+    gate, up: any shape and float dtype, both the same. For "silu" the backward pass keeps only the two inputs, and can
+    be differentiated once.
+    """
+    if _TABLE[name] is F.silu and torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _SwiGLU.apply(gate, up)
+    return _TABLE[name](gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return grad_gate, F.silu(gate).mul_(grad)

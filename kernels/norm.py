@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), as Llama checkpoints were trained.
 
     hidden_states: (..., hidden_size), any float dtype; statistics in fp32. The normalised value is rounded to the
-    input dtype before ``weight`` (hidden_size,) multiplies it.
+    input dtype before ``weight`` (hidden_size,) multiplies it. The backward pass keeps the input and one number per
+    row, and can be differentiated once.
     """
-    dtype = hidden_states.dtype
-    normed = hidden_states.float()
-    scale = torch.rsqrt(normed.square().mean(-1, keepdim=True).add_(eps))
-    return weight * (normed * scale).to(dtype)
+    if torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad):
+        return _RMSNorm.apply(hidden_states, weight, eps)[0]
+    return weight * _normalise(hidden_states, _inverse_rms(hidden_states, eps))
+
+
+def _inverse_rms(hidden_states: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(hidden_states.float().square().mean(-1, keepdim=True).add_(eps))
+
+
+def _normalise(hidden_states: Tensor, inverse_rms: Tensor) -> Tensor:
+    return (hidden_states.float() * inverse_rms).to(hidden_states.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(hidden_states: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        inverse_rms = _inverse_rms(hidden_states, eps)
+        return weight * _normalise(hidden_states, inverse_rms), inverse_rms
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], inputs[1], output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        hidden_states, weight, inverse_rms = ctx.saved_tensors
+        normed = hidden_states.float() * inverse_rms
+        grad_input = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            rounded = normed.to(hidden_states.dtype)
+            grad_weight = (grad * rounded).flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            scaled = (grad * weight).float()
+            along = (scaled * normed).mean(-1, keepdim=True)
+            grad_input = scaled.addcmul_(normed, along, value=-1).mul_(inverse_rms).to(hidden_states.dtype)
+        return grad_input, grad_weight, None

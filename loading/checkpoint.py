@@ -139,7 +139,8 @@ def _check_places(index: Index, places: dict[str, Path], entries: dict[str, Tens
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise IntegrityError(
-            f"{index.file} does not fit its shards: {'; '.join(wrong[:_SHOWN])}{more}; fetch or save the checkpoint again"
+            f"{index.file} does not fit its shards: {'; '.join(wrong[:_SHOWN])}{more}; "
+            "fetch or save the checkpoint again"
         )
 
 
@@ -151,7 +152,9 @@ def _index_faults(index: Index, entries: dict[str, TensorEntry], total: int) -> 
     extra = entries.keys() - index.weight_map.keys()
     if extra:
         shown = ", ".join(repr(name) for name in sorted(extra)[:_SHOWN])
-        faults.append(f"{len(extra)} tensors of the shards are not in {index.file}: {shown}; they are used all the same")
+        faults.append(
+            f"{len(extra)} tensors of the shards are not in {index.file}: {shown}; they are used all the same"
+        )
     for fault in faults:
         logger.warning(fault)
     return tuple(faults)
@@ -186,4 +189,3 @@ def _no_weights(source: Source, variant: str | None, wanted: Sequence[str]) -> E
     if variants and variant is None:
         hint = f"; there is variant={variants[0]!r}"
     return NotFoundError(f"{place} has no weights: looked for {looked}; {what_is_there(names)}{hint}")
-

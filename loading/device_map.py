@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,8 +20,7 @@ _SHOWN = 12
 _NO_DISK = "disk offload is not available in this version of loadstone"
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """``table`` maps module or tensor names to devices, at name boundaries; the longest name that fits wins."""
 
     table: dict[str, torch.device]
@@ -128,7 +126,9 @@ def _device(value: Any, must_exist: bool) -> torch.device:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = torch.device(accelerator.type if accelerator is not None else "cuda", value)
     elif value == "disk":
-        raise DeviceMapError(f"device_map says 'disk', but {_NO_DISK}; use 'cpu', whose weights are mapped from the files")
+        raise DeviceMapError(
+            f"device_map says 'disk', but {_NO_DISK}; use 'cpu', whose weights are mapped from the files"
+        )
     else:
         try:
             device = torch.device(value)
@@ -245,7 +245,9 @@ def _share_out(
     if not named and torch.accelerator.current_accelerator(check_available=True) is None:
         need = model_bytes(tree) - sum(tree.weights[name].tensor.nbytes for name in ties if name not in tree.shared)
         if budget is not None and need > budget.get("cpu", need):
-            raise DeviceMapError(f"the model needs {need} bytes, max_memory allows {budget['cpu']} on 'cpu'; {_NO_DISK}")
+            raise DeviceMapError(
+                f"the model needs {need} bytes, max_memory allows {budget['cpu']} on 'cpu'; {_NO_DISK}"
+            )
         return {"": torch.device("cpu")}
 
     from accelerate.utils import get_balanced_memory, get_max_memory, infer_auto_device_map

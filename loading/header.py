@@ -11,9 +11,8 @@ import json
 import math
 import os
 import stat
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -51,8 +50,7 @@ _SIZED = {name: (dtype, dtype.itemsize) for name, dtype in DTYPES.items()}
 _SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """One tensor of a checkpoint: ``nbytes`` bytes at ``offset`` of ``file`` (counted from the file's start)."""
 
     name: str
@@ -63,8 +61,7 @@ class TensorEntry:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class FileStamp:
+class FileStamp(NamedTuple):
     """What must stay the same while a file is being loaded."""
 
     size: int
@@ -77,8 +74,7 @@ class FileStamp:
         return cls(info.st_size, info.st_mtime_ns, info.st_ino, info.st_dev)
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """Tensors of one file in the order of their bytes, its metadata and the stamp of the file they were read from."""
 
     file: Path
@@ -131,7 +127,9 @@ def _read_bytes(handle: Any, path: Path, size: int) -> bytes:
         if other:
             raise FormatError(f"{path} is {other}, not a safetensors file; fetch the real file")
         if length > MAX_HEADER:
-            raise FormatError(f"{path}: header length {length} is over the limit of {MAX_HEADER} bytes; not safetensors?")
+            raise FormatError(
+                f"{path}: header length {length} is over the limit of {MAX_HEADER} bytes; not safetensors?"
+            )
         if length < 2:
             raise FormatError(f"{path}: header length {length} cannot hold a JSON object; not safetensors?")
         raise FormatError(

@@ -142,8 +142,8 @@ class HubSource(Source):
                 return None
         with_context = f"{options.inside(filename)!r} of {self.describe()}"
         try:
-            return _mapped(lambda: options.download(self.name, filename, commit), with_context, options)
-        except _EntryMissing:
+            return translated(lambda: options.download(self.name, filename, commit), with_context, options)
+        except EntryMissing:
             return None
 
     def _reachable(self, filename: str) -> bool:
@@ -168,7 +168,7 @@ class HubSource(Source):
         return "may not be asked (HF_HUB_OFFLINE is set)" if _offline_mode() else "cannot be reached"
 
 
-class _EntryMissing(Exception):
+class EntryMissing(Exception):
     """The repository has no such file at this revision; ``commit`` if the answer told it."""
 
     def __init__(self, commit: str | None) -> None:
@@ -194,8 +194,8 @@ def open_repository(repo_id: str, revision: str | None, options: HubOptions) -> 
     before = options.cached(repo_id, CONFIG_NAME, revision)
     try:
         what = f"{options.inside(CONFIG_NAME)!r} of repository {repo_id!r} at revision {revision!r}"
-        path = _mapped(lambda: options.download(repo_id, CONFIG_NAME, revision), what, options)
-    except _EntryMissing as missing:
+        path = translated(lambda: options.download(repo_id, CONFIG_NAME, revision), what, options)
+    except EntryMissing as missing:
         commit = missing.commit or _ask_commit(repo_id, revision, options)
         memory.files[CONFIG_NAME], memory.online = None, True
         return HubSource(repo_id, commit, options, memory)
@@ -219,7 +219,7 @@ def _ask_commit(repo_id: str, revision: str, options: HubOptions) -> str:
     from huggingface_hub import HfApi
 
     what = f"repository {repo_id!r} at revision {revision!r}"
-    info = _mapped(lambda: HfApi().model_info(repo_id, revision=revision, token=options.token), what, options)
+    info = translated(lambda: HfApi().model_info(repo_id, revision=revision, token=options.token), what, options)
     if not info.sha:
         raise HubError(f"the Hub told no commit for {what}")
     return str(info.sha)
@@ -263,8 +263,8 @@ def _answers(repo_id: str, options: HubOptions, filename: str, commit: str) -> b
     return True
 
 
-def _mapped(call: Callable[[], _T], what: str, options: HubOptions) -> _T:
-    """``call()``, its failures told as loadstone's errors; _EntryMissing if the file is not in the repository."""
+def translated(call: Callable[[], _T], what: str, options: HubOptions) -> _T:
+    """``call()``, its failures told as loadstone's errors; EntryMissing if the file is not in the repository."""
     try:
         return call()
     except Exception as error:
@@ -277,8 +277,11 @@ def _mapped(call: Callable[[], _T], what: str, options: HubOptions) -> _T:
 def _translate(error: Exception, what: str, options: HubOptions) -> Exception | None:
     from huggingface_hub import errors as hub
 
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    said = _said(error, options)
+    cause = error.__cause__ if isinstance(error, hub.LocalEntryNotFoundError) else None
+    status = _status(error) or _status(cause)
+    said = _said(cause or error, options)
+    if status in (401, 403) and not isinstance(error, hub.RepositoryNotFoundError):
+        return GatedError(f"{what}: the Hub refused access; check the token ({said})")
     if isinstance(error, hub.HFValidationError):
         return RepoIdError(f"{what}: not a well-formed repository id; {said}")
     if isinstance(error, hub.LocalEntryNotFoundError):
@@ -286,10 +289,10 @@ def _translate(error: Exception, what: str, options: HubOptions) -> Exception | 
             return OfflineError(f"{what} is not in the cache ({_cache_place(options)}), and the Hub may not be asked")
         return OfflineError(
             f"{what} is not in the cache ({_cache_place(options)}), and the Hub did not answer as it should: "
-            f"{_said(error.__cause__ or error, options)}; check the network and HF_ENDPOINT, then try again"
+            f"{said}; check the network and HF_ENDPOINT, then try again"
         )
     if isinstance(error, hub.EntryNotFoundError):
-        return _EntryMissing(_header(error, "X-Repo-Commit"))
+        return EntryMissing(_header(error, "X-Repo-Commit"))
     if isinstance(error, hub.GatedRepoError):
         return GatedError(f"{what}: access is gated; ask for it on its Hub page, then pass token= or log in ({said})")
     if isinstance(error, hub.RevisionNotFoundError):
@@ -299,8 +302,6 @@ def _translate(error: Exception, what: str, options: HubOptions) -> Exception | 
             f"{what}: neither a directory nor a Hub repository of that name exists, or it is private and needs "
             f"token= ({said})"
         )
-    if status in (401, 403):
-        return GatedError(f"{what}: the Hub refused access; check the token ({said})")
     if _unreachable(error):
         return OfflineError(f"{what}: the Hub cannot be reached ({said}); check the network and HF_ENDPOINT")
     if isinstance(error, OSError) and error.errno:
@@ -312,9 +313,14 @@ def _translate(error: Exception, what: str, options: HubOptions) -> Exception | 
 
 def _unreachable(error: BaseException) -> bool:
     """No connection, a timeout, offline mode, or a Hub that answers 5xx or 429."""
-    status = getattr(getattr(error, "response", None), "status_code", 0)
+    status = _status(error)
     names = {kind.__name__ for kind in type(error).__mro__}  # of requests or httpx: versions of huggingface_hub differ
     return status == 429 or status >= 500 or bool(names & {"ConnectionError", "Timeout", "TransportError"})
+
+
+def _status(error: BaseException | None) -> int:
+    """The HTTP status an error carries; 0 if none."""
+    return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)
 
 
 def _transport_error() -> type[BaseException]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import FormatError, NotFoundError, PathError, UnsafeFormatError
 from .header import parse_json
@@ -14,8 +13,7 @@ from .source import check_filename
 MAX_INDEX = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Index:
+class Index(NamedTuple):
     """``weight_map`` (tensor name to shard name), the shards in order, the rest of the metadata as it was."""
 
     file: Path
@@ -86,5 +84,12 @@ def _check_shard(shard: str, path: Path) -> None:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
+    names = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        int: "a number",
+        float: "a number",
+        bool: "a boolean",
+    }
     return names.get(type(value), "null")

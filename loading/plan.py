@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -27,8 +28,7 @@ _SHOWN = 40
 _RECOMPUTED = ("rotary_emb.inv_freq", "position_ids")  # what older checkpoints hold of buffers that models recompute
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(NamedTuple):
     """One tensor's way from a file to the model.
 
     ``transform``: ``"map"`` (its bytes are mapped privately, nothing is read), ``"cast"`` (to ``dtype``), ``"copy"``
@@ -47,8 +47,7 @@ class Move:
         return self.entry.nbytes // self.entry.dtype.itemsize * self.dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class Mismatch:
+class Mismatch(NamedTuple):
     """A checkpoint tensor whose shape is not the model's."""
 
     name: str
@@ -59,9 +58,7 @@ class Mismatch:
 
     def __str__(self) -> str:
         tensor = f"tensor {self.key!r}" + (f" (the model's {self.name!r})" if self.key != self.name else "")
-        return (
-            f"{tensor} in {self.file.name} has shape {self.checkpoint_shape}, the model expects {self.model_shape}"
-        )
+        return f"{tensor} in {self.file.name} has shape {self.checkpoint_shape}, the model expects {self.model_shape}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +67,7 @@ class Plan:
 
     ``moves`` in file order. ``missing``: weights of the model that no file has, to be initialised (``excused`` too,
     but these are not reported). ``unexpected``: checkpoint tensors without a place. ``ignored``: those that need
-    none. ``tied``: weight to the loaded weight it shares. ``compare``: pairs to be tied that the checkpoint both
+    none. ``tied``: weight to the weight it shares. ``compare``: pairs to be tied that the checkpoint both
     holds; they are tied only if they are equal, which their bytes must tell.
     """
 
@@ -187,8 +184,10 @@ def make_plan(
     held = {move.target for move in moves}
     absent = [name for name in tree.weights if name not in held]
     wrong = {mismatch.name for mismatch in mismatched}
-    tied, compare = _resolve_ties(ties, held)
-    excuses, missing, excused = _patterns(ignore_missing, "ignore_missing"), [], []
+    tied, compare, late = _resolve_ties(ties, held, wrong)
+    excuses = _patterns(ignore_missing, "ignore_missing")
+    missing: list[str] = []
+    excused: list[str] = []
     for name in absent:
         if name not in tied and name not in wrong:
             (excused if any(excuse.search(name) for excuse in excuses) else missing).append(name)
@@ -202,7 +201,7 @@ def make_plan(
         unexpected=tuple(unexpected),
         ignored=tuple(ignored),
         mismatched=tuple(mismatched),
-        tied=tied,
+        tied={**tied, **late},
         compare=compare,
         placement=placement,
         tree=tree,
@@ -258,35 +257,36 @@ def _rooted(ties: Mapping[str, str], tree: Tree) -> dict[str, str]:
     return rooted
 
 
-def _resolve_ties(ties: Mapping[str, str], held: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Ties of what the checkpoint lacks to what it holds, and pairs that it holds both.
+def _resolve_ties(
+    ties: Mapping[str, str], held: Collection[str], wrong: Collection[str]
+) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """Three maps of weight to the weight it shares: what the checkpoint lacks to what it holds; what it holds twice,
+    so that bytes must decide; and what it lacks altogether, which is missing and tied after its initialisation.
 
-    If it lacks the source, the first target it holds takes that role. If it lacks all, targets are tied to the source
-    after its initialisation, and all are missing: then they are in neither result but in ``late_ties``.
+    If the source is not there, the first target that is takes its role; next best is one of the ``wrong`` shape.
     """
     groups: dict[str, list[str]] = {}
     for target, source in ties.items():
-        groups.setdefault(source, []).append(target)
+        groups.setdefault(source, [source]).append(target)
     tied: dict[str, str] = {}
     compare: dict[str, str] = {}
-    for source, targets in groups.items():
-        members = [source, *targets]
+    late: dict[str, str] = {}
+    for source, members in groups.items():
         root = next((name for name in members if name in held), None)
-        if root is None:
-            continue
+        root = root or next((name for name in members if name in wrong), None)
         for name in members:
-            if name == root:
-                continue
-            (compare if name in held else tied)[name] = root
-    return tied, compare
+            if root is None and name != source:
+                late[name] = source
+            elif root is not None and name != root:
+                (compare if name in held else tied)[name] = root
+    return tied, compare, late
 
 
-def _sort_left(
-    left: Mapping[str, str], tree: Tree, patterns: Sequence[re.Pattern[str]]
-) -> tuple[list[str], list[str]]:
+def _sort_left(left: Mapping[str, str], tree: Tree, patterns: Sequence[re.Pattern[str]]) -> tuple[list[str], list[str]]:
     """Checkpoint tensors without a place: unexpected, or known to need none."""
     tails = tuple(tail for tail in _RECOMPUTED if any(f".{name}".endswith(f".{tail}") for name in tree.transient))
-    unexpected, ignored = [], []
+    unexpected: list[str] = []
+    ignored: list[str] = []
     for name, key in left.items():
         needless = (
             key in tree.transient

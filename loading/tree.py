@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,8 +27,7 @@ class Slot(NamedTuple):
         return table.get(self.attribute)
 
 
-@dataclass(frozen=True, slots=True)
-class Tree:
+class Tree(NamedTuple):
     """``weights``: parameters and persistent buffers, what a state dict holds, in the order of the modules.
 
     ``transient``: the other buffers. ``modules``: names of all modules. ``shared``: name to the first name that

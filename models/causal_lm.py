@@ -189,7 +189,8 @@ class CausalLM(nn.Module):
     @classmethod
     def from_pretrained(cls: type[_Model], pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint; see `AutoModelForCausalLM.from_pretrained` for the arguments."""
-        return pretrained.load_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs)
+        with pretrained.collector_paused():
+            return pretrained.load_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod
     def from_config(cls: type[_Model], config: PreTrainedConfig, **kwargs: Any) -> _Model:

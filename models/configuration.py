@@ -207,8 +207,9 @@ class PreTrainedConfig:
                 f"{pretrained_model_name_or_path} is a model of type {given!r}, {cls.__name__} is for "
                 f"{cls.model_type!r}; use AutoConfig, or the class for {given!r}"
             )
-        kwargs.setdefault("name_or_path", str(getattr(pretrained_model_name_or_path, "name", None) or
-                                              pretrained_model_name_or_path))
+        kwargs.setdefault(
+            "name_or_path", str(getattr(pretrained_model_name_or_path, "name", None) or pretrained_model_name_or_path)
+        )
         return cls.from_dict(values, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     # Writing
@@ -229,7 +230,7 @@ class PreTrainedConfig:
             raise ConfigError(f"{type(self).__name__} holds a value that config.json cannot: {error}") from error
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write config.json into the directory, which is created if needed; the old file stays until the new is whole."""
+        """Write config.json into the directory, made if need be; an old file stays until the new one is whole."""
         directory = Path(save_directory)
         if directory.is_file():
             raise ConfigError(f"{directory} is a file; save_pretrained needs a directory")
@@ -250,7 +251,6 @@ class PreTrainedConfig:
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.to_dict() == other.to_dict()  # type: ignore[attr-defined]
 
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}"

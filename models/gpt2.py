@@ -212,7 +212,7 @@ class GPT2LMHeadModel(CausalLM):
         return_dict: bool | None = None,
         **loss_kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As `CausalLM.forward`, in the order GPT-2's callers know; token_type_ids (batch, seq) add their embeddings."""
+        """As `CausalLM.forward`, in the order GPT-2's callers know; token_type_ids (batch, seq) add embeddings."""
         if token_type_ids is not None:
             if (input_ids is None) == (inputs_embeds is None):
                 raise ArgumentError("pass exactly one of input_ids and inputs_embeds")

@@ -14,7 +14,7 @@ class Linear(nn.Linear):
     """A linear layer that leaves its initialisation to the model it is part of."""
 
     def reset_parameters(self) -> None:
-        """Nothing: `CausalLM` initialises or loads every parameter, so that drawing values here would be thrown away."""
+        """Nothing: `CausalLM` initialises or loads every parameter, values drawn here would be thrown away."""
 
 
 class Embedding(nn.Embedding):

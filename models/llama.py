@@ -137,11 +137,11 @@ class LlamaMLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=bias)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=bias)
-        self.act_fn = kernels.activation(config.hidden_act)
+        self.act_fn = config.hidden_act
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(batch, seq, hidden_size) → the same."""
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.down_proj(kernels.gated(self.act_fn, self.gate_proj(hidden_states), self.up_proj(hidden_states)))
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -165,9 +165,7 @@ class LlamaDecoderLayer(nn.Module):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states: (batch, seq, hidden_size) → the same, and the attention weights if asked for."""
-        attended, weights = self.self_attn(
-            self.input_layernorm(hidden_states), rotary, mask, cache, output_attentions
-        )
+        attended, weights = self.self_attn(self.input_layernorm(hidden_states), rotary, mask, cache, output_attentions)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
 
@@ -193,7 +191,7 @@ class LlamaModel(Decoder):
 class LlamaForCausalLM(CausalLM):
     """Llama with a language-modelling head."""
 
-    config_class = LlamaConfig
+    config_class: ClassVar[type[PreTrainedConfig]] = LlamaConfig
     base_model_prefix = "model"
     _no_split_modules = ["LlamaDecoderLayer"]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 
-class ModelOutput(OrderedDict):  # type: ignore[type-arg]
+class ModelOutput(OrderedDict):
     """A dataclass that is also a mapping of those fields that are not None.
 
     ``out.logits``, ``out["logits"]`` and ``out[1]`` (the place among the fields that are set) are the same thing.

@@ -7,13 +7,15 @@ nothing is allocated, before every argument, name and shape is known to be right
 from __future__ import annotations
 
 import copy
+import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ArgumentError, ConfigError, nearest
 from ..kernels import check_attention
@@ -23,10 +25,12 @@ from ..loading.source import Source, resolve_source
 from ..quant import refuse_quantized
 from .configuration import PreTrainedConfig
 from .fields import parse_dtype
+from .meta import MetaBuild
 
 if TYPE_CHECKING:
     from .causal_lm import CausalLM
 
+_Model = TypeVar("_Model", bound="CausalLM")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _LOAD_ARGUMENTS = (
     "config", "dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation", "quantization_config",
@@ -73,7 +77,7 @@ def load_pretrained(
         config._attn_implementation = check_attention(attn_implementation)
     refuse_quantized(source.name, getattr(config, "quantization_config", None), quantization_config)
     checkpoint = open_checkpoint(source, variant=variant, use_safetensors=use_safetensors)
-    config.dtype = _choose_dtype(dtype if dtype is not None else torch_dtype, config, checkpoint)
+    config.dtype = choose_dtype(dtype if dtype is not None else torch_dtype, config, checkpoint)
     generation_config = _generation_config(generation_config, source, config)
 
     model = build_on_meta(cls, config)
@@ -134,7 +138,7 @@ def _unknown_argument(cls: type[CausalLM], name: str) -> ArgumentError:
     )
 
 
-def _choose_dtype(asked: Any, config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+def choose_dtype(asked: Any, config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
     """None and "auto": what config.json says, else the dtype of the first floating-point tensor of the checkpoint."""
     if asked is not None and asked != "auto":
         return parse_dtype(asked)
@@ -154,35 +158,33 @@ def _generation_config(given: Any, source: Source, config: PreTrainedConfig) -> 
     return GenerationConfig.from_file(path)
 
 
-def build_on_meta(cls: type[CausalLM], config: PreTrainedConfig) -> CausalLM:
+def build_on_meta(cls: type[_Model], config: PreTrainedConfig) -> _Model:
     """The module tree with every parameter on the meta device, floating-point ones in ``config.dtype``."""
-    with torch.device("meta"):
-        model = cls(config)
-    dtype = config.dtype or torch.get_default_dtype()
-    if dtype == torch.get_default_dtype():
-        return model
-    recast: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or not parameter.is_floating_point():
-                continue
-            if id(parameter) not in recast:
-                recast[id(parameter)] = nn.Parameter(
-                    torch.empty_like(parameter, dtype=dtype), requires_grad=parameter.requires_grad
-                )
-            module._parameters[name] = recast[id(parameter)]
-    return model
+    with MetaBuild(config.dtype or torch.get_default_dtype()):
+        return cls(config)
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Building makes thousands of objects and no garbage; a pass over all of torch's would double the time."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def build_from_config(
-    cls: type[CausalLM],
+    cls: type[_Model],
     config: PreTrainedConfig,
     *,
     dtype: torch.dtype | str | None = None,
     torch_dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
     **kwargs: Any,
-) -> CausalLM:
+) -> _Model:
     """See `AutoModelForCausalLM.from_config`."""
     if not isinstance(config, PreTrainedConfig):
         raise ConfigError(f"from_config takes a configuration object, got {type(config).__name__}")

@@ -198,13 +198,13 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> None:
         super().__init__()
-        self.parameters = parameters
+        self.rope_parameters = parameters
         self.head_dim = head_dim
         self.max_position_embeddings = max_position_embeddings
         self.rope_type = parameters["rope_type"]
         self.follows_length = self.rope_type in ("dynamic", "longrope")
         self.attention_scaling = 1.0
-        self.register_buffer("inv_freq", torch.empty(head_dim // 2), persistent=False)
+        self.register_buffer("inv_freq", torch.empty(head_dim // 2, dtype=torch.float32), persistent=False)
         if not self.inv_freq.is_meta:
             self.reset_buffers(self.inv_freq.device)
 
@@ -212,7 +212,7 @@ class RotaryEmbedding(nn.Module):
         """Inverse frequencies (head_dim / 2,), fp32 on the CPU, and the factor on cosines and sines."""
         with torch.device("cpu"):
             compute = _FREQUENCIES[self.rope_type]
-            return compute(self.parameters, self.head_dim, self.max_position_embeddings, length)
+            return compute(self.rope_parameters, self.head_dim, self.max_position_embeddings, length)
 
     def reset_buffers(self, device: torch.device) -> None:
         """Compute ``inv_freq`` anew on ``device``."""
@@ -241,4 +241,4 @@ class RotaryEmbedding(nn.Module):
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.rope_type}, head_dim={self.head_dim}, theta={self.parameters['rope_theta']}"
+        return f"{self.rope_type}, head_dim={self.head_dim}, theta={self.rope_parameters['rope_theta']}"

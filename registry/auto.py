@@ -130,7 +130,7 @@ class AutoModelForCausalLM:
             MissingWeightsError for the weights; DeviceMapError; ArgumentError (a TypeError) for an unknown keyword.
             All before a byte of weights is read; no half-built model is left.
         """
-        hub = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
+        hub: dict[str, Any] = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
         source = resolve_source(
             pretrained_model_name_or_path, **hub, token=token, revision=revision, subfolder=subfolder
         )
@@ -167,8 +167,7 @@ class AutoModelForCausalLM:
         if isinstance(config, PreTrainedConfig):
             return table.architecture_of(config).model_class()
         if config is not None:
-            values = PreTrainedConfig.get_config_dict(config, **({} if os.path.isfile(config) else hub), token=token) \
-                if not os.path.isfile(config) else PreTrainedConfig.get_config_dict(config)
+            values = PreTrainedConfig.get_config_dict(config, **hub, token=token)
             return _row_of_file(str(config), values, trust_remote_code).model_class()
         values = read_config_file(source.require("config.json"))
         return _row_of_file(source.name, values, trust_remote_code).model_class()

@@ -230,4 +230,3 @@ def unregister(model_type: str) -> None:
         _table.pop(model_type, None)
         if model_type in _BUILT_IN:
             _table[model_type] = _BUILT_IN[model_type]
-

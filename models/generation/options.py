@@ -143,7 +143,7 @@ def resolve(
     merged: dict[str, Any], *, prompt_length: int, embeds_length: int | None, max_positions: int | None
 ) -> Options:
     """Decide every option; ``prompt_length`` counts input_ids, ``embeds_length`` inputs_embeds (None without)."""
-    chosen = {name: _DEFAULTS.get(name) if value is None else value for name, value in merged.items()}
+    chosen: dict[str, Any] = {name: _DEFAULTS.get(name) if value is None else value for name, value in merged.items()}
     chosen["max_length"], chosen["min_length"] = _lengths(merged, prompt_length, embeds_length, max_positions)
     eos, pad = _ids(merged["eos_token_id"]), merged["pad_token_id"]
     pad = None if pad is not None and pad < 0 else pad

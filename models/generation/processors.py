@@ -117,6 +117,8 @@ class RepetitionPenalty:
     def reorder(self, rows: Tensor) -> None:
         if self._seen is not None:
             self._seen = self._seen.index_select(0, rows)
+        if self.first is not None:
+            self.first = self.first.index_select(0, rows)
 
 
 class BadWords:
@@ -193,8 +195,8 @@ def _sampling(options: Options) -> list[Processor]:
         (options.min_p is not None, min_p, (options.min_p, least)),
         (options.typical_p < 1.0, typical_p, (options.typical_p, least)),
     ]
-    return [
-        (lambda ids, scores, change=change, values=values: change(scores, *values))
-        for wanted, change, values in steps
-        if wanted
-    ]
+    return [_without_ids(change, *values) for wanted, change, values in steps if wanted]
+
+
+def _without_ids(change: Callable[..., Tensor], *values: Any) -> Processor:
+    return lambda ids, scores: change(scores, *values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,12 +25,25 @@ def _load(name: str) -> ModuleType:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+def point_client_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes huggingface_hub, which read HF_ENDPOINT when it was imported, use another endpoint."""
+    from huggingface_hub import constants, hf_api
+
+    def point(url: str) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(hf_api.api, "endpoint", url)
+
+    return point
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, point_client_at: Callable[[str], None]) -> Iterator[Any]:
     """A fake Hub that huggingface_hub takes for the real one, with an empty cache and no token."""
     from huggingface_hub import constants
 
     server = _load("hub_server").HubServer()
-    point_client_at(monkeypatch, server.url)
+    point_client_at(server.url)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
@@ -40,12 +53,3 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
     yield server
     server.close()
-
-
-def point_client_at(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """Make huggingface_hub, which read HF_ENDPOINT when it was imported, use another endpoint."""
-    from huggingface_hub import constants, hf_api
-
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(hf_api.api, "endpoint", url)

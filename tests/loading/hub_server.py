@@ -110,7 +110,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
-        self.body = self._read_chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
+        self.body = (
+            self._read_chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
+        )
         url = urlsplit(self.path)
         self.parts = [unquote(part) for part in url.path.strip("/").split("/")]
         self.query = parse_qs(url.query)

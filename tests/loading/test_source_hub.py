@@ -89,9 +89,7 @@ def test_cached_load_makes_one_head_request(hub: Any, repo: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["commit", "local_files_only", "offline"])
-def test_pinned_or_local_load_makes_no_request(
-    hub: Any, repo: Any, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pinned_or_local_load_makes_no_request(hub: Any, repo: Any, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = resolve_source("org/name")
     first.fetch(["config.json", "model.safetensors"])
     assert first.find("generation_config.json") is None
@@ -164,7 +162,7 @@ def test_force_download_asks_again_but_once_per_source(hub: Any, repo: Any) -> N
 
 
 def test_force_download_contradicts_local_files_only(hub: Any, repo: Any) -> None:
-    with pytest.raises(OfflineError, match="force_download=True.*local_files_only=True"):
+    with pytest.raises(OfflineError, match=r"force_download=True.*local_files_only=True"):
         resolve_source("org/name", force_download=True, local_files_only=True)
     assert hub.take() == []
 
@@ -184,7 +182,7 @@ def test_file_names_stay_inside(hub: Any, repo: Any) -> None:
 
 
 def test_unknown_repository(hub: Any) -> None:
-    with pytest.raises(NotFoundError, match="'org/nope'.*neither a directory nor a Hub repository") as caught:
+    with pytest.raises(NotFoundError, match=r"'org/nope'.*neither a directory nor a Hub repository") as caught:
         resolve_source("org/nope")
     assert caught.value.__cause__ is not None
     assert isinstance(caught.value, (OSError, FileNotFoundError))
@@ -209,11 +207,11 @@ def test_gated_repository(hub: Any) -> None:
     assert isinstance(caught.value, PermissionError)
 
 
-def test_private_repository_needs_its_token(hub: Any) -> None:
+def test_private_repository_needs_its_token(hub: Any, tmp_path: Path) -> None:
     hub.repo("org/private", FILES, token=TOKEN)
     assert resolve_source("org/private", token=TOKEN).find("config.json") is not None
     with pytest.raises(NotFoundError, match="needs token="):
-        resolve_source("org/private", cache_dir=Path(os.environ.get("TMPDIR", "/tmp")) / "no-such-cache")
+        resolve_source("org/private", cache_dir=tmp_path / "empty")
     with pytest.raises(NotFoundError) as caught:
         resolve_source("org/private", token="hf_wrongwrong", revision="other")
     assert "hf_wrongwrong" not in str(caught.value)
@@ -259,16 +257,10 @@ def test_partly_cached_and_offline_names_the_files(hub: Any, repo: Any) -> None:
 
 
 def test_dead_hub_with_everything_cached(
-    hub: Any, repo: Any, monkeypatch: pytest.MonkeyPatch, no_waiting: list[float], caplog: pytest.LogCaptureFixture
+    hub: Any, repo: Any, point_client_at: Any, no_waiting: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     resolve_source("org/name").fetch(["config.json", "model.safetensors"])
-    point = sys.modules[type(hub).__module__]
-    assert point is not None
-    from huggingface_hub import constants
-
-    dead = closed_port()
-    monkeypatch.setattr(constants, "ENDPOINT", dead)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", dead + "/{repo_id}/resolve/{revision}/{filename}")
+    point_client_at(closed_port())
     source = resolve_source("org/name")
     with caplog.at_level(logging.WARNING):
         assert source.find("generation_config.json") is None  # not known to be absent, but optional
@@ -279,13 +271,9 @@ def test_dead_hub_with_everything_cached(
     assert no_waiting == []  # one quick request, no back-off
 
 
-def test_dead_hub_and_nothing_cached(hub: Any, monkeypatch: pytest.MonkeyPatch, no_waiting: list[float]) -> None:
-    from huggingface_hub import constants
-
-    dead = closed_port()
-    monkeypatch.setattr(constants, "ENDPOINT", dead)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", dead + "/{repo_id}/resolve/{revision}/{filename}")
-    with pytest.raises(OfflineError, match="'org/name'.*is not in the cache") as caught:
+def test_dead_hub_and_nothing_cached(hub: Any, point_client_at: Any, no_waiting: list[float]) -> None:
+    point_client_at(closed_port())
+    with pytest.raises(OfflineError, match=r"'org/name'.*is not in the cache") as caught:
         resolve_source("org/name")
     assert caught.value.__cause__ is not None
 

@@ -1,0 +1,202 @@
+"""Races: the same work done by two sides in alternating fresh processes, ratios pair by pair, results as JSON and PNG.
+
+A benchmark module defines ``measure(side, work) -> dict of figures``, which runs in a process of its own, and calls
+`race` for each row. The figures of a row are medians over the rounds; a ratio is the median of the rounds' ratios,
+with the smallest and largest beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+Measure = Callable[[str, dict[str, Any]], dict[str, float]]
+
+
+class PrivateMemory:
+    """Peak of this process's private (anonymous) memory in MB, sampled every few milliseconds; Linux only."""
+
+    def __enter__(self) -> PrivateMemory:
+        self.peak = self.now()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.peak = max(self.peak, self.now())
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.003):
+            self.peak = max(self.peak, self.now())
+
+    @staticmethod
+    def now() -> float:
+        """Private memory at this moment, MB."""
+        with open("/proc/self/status") as status:
+            for line in status:
+                if line.startswith("RssAnon:"):
+                    return int(line.split()[1]) / 1e3
+        return float("nan")
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that one call took, and what it returned."""
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def race(
+    module: str, name: str, work: dict[str, Any], *, rounds: int, sides: tuple[str, str] = ("loadstone", "transformers")
+) -> dict[str, Any]:
+    """Run both sides in turn, ``rounds`` times after one round that does not count; one row of results."""
+    seen: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for turn in range(rounds + 1):
+        for side in sides if turn % 2 else sides[::-1]:
+            figures = _child(module, side, work)
+            if turn:
+                seen[side].append(figures)
+    ours, peers = (seen[side] for side in sides)
+    row: dict[str, Any] = {"row": name, "work": work, "rounds": rounds}
+    for figure in ours[0]:
+        ratios = sorted(p[figure] / o[figure] for o, p in zip(ours, peers, strict=True) if o[figure])
+        row[figure] = {
+            sides[0]: statistics.median(o[figure] for o in ours),
+            sides[1]: statistics.median(p[figure] for p in peers),
+            "ratio": statistics.median(ratios) if ratios else None,
+            "spread": [ratios[0], ratios[-1]] if ratios else None,
+        }
+    _print_row(row, sides)
+    return row
+
+
+def _child(module: str, side: str, work: dict[str, Any]) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--child", side, json.dumps(work)],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{module} failed for {side} on {work}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _print_row(row: dict[str, Any], sides: tuple[str, str]) -> None:
+    print(row["row"], flush=True)
+    for figure, value in row.items():
+        if isinstance(value, dict) and "ratio" in value:
+            low, high = value["spread"] or (0, 0)
+            print(
+                f"    {figure:<28} {sides[0]} {value[sides[0]]:10.4f}   {sides[1]} {value[sides[1]]:10.4f}   "
+                f"ratio {value['ratio'] or 0:7.2f}  ({low:.2f} to {high:.2f})",
+                flush=True,
+            )
+
+
+def environment() -> dict[str, Any]:
+    """The machine, versions, date and commit that a result belongs to."""
+    versions = {}
+    for package in ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "triton"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "missing"
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        "python": platform.python_version(),
+        "versions": versions,
+        "machine": {
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        },
+    }
+
+
+def _cpu() -> str:
+    with open("/proc/cpuinfo") as info:
+        return next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
+
+
+def write(name: str, rows: list[dict[str, Any]], **extra: Any) -> Path:
+    """Write ``results/<name>.json``, and a bar chart of the ratios beside it if matplotlib is there."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"benchmark": name, **environment(), **extra, "rows": rows}, indent=1) + "\n")
+    _plot(name, rows)
+    print(f"written to {path.relative_to(ROOT)}")
+    return path
+
+
+def _plot(name: str, rows: list[dict[str, Any]]) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed: no chart")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    bars = [
+        (f"{row['row']}: {figure}", value["ratio"], value["spread"])
+        for row in rows
+        for figure, value in row.items()
+        if isinstance(value, dict) and value.get("ratio")
+    ]
+    if not bars:
+        return
+    labels, ratios, spreads = zip(*bars, strict=True)
+    figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(bars) + 1.2))
+    errors = [[r - s[0] for r, s in zip(ratios, spreads, strict=True)],
+              [s[1] - r for r, s in zip(ratios, spreads, strict=True)]]  # fmt: skip
+    axes.barh(range(len(bars)), ratios, xerr=errors, color="#3b6ea5", ecolor="#888888", height=0.6)
+    axes.axvline(1.0, color="#b03030", linewidth=1)
+    axes.set_yticks(range(len(bars)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("transformers / loadstone (right of the line: loadstone needs less)")
+    figure.tight_layout()
+    figure.savefig(RESULTS / f"{name}.png", dpi=110)
+    pyplot.close(figure)
+
+
+def main(module: str, description: str, measure: Measure, run: Callable[[argparse.Namespace], None]) -> None:
+    """Command line of a benchmark; ``--child`` is how it runs itself in a process of its own."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each row (default 5)")
+    parser.add_argument("--only", default="", help="only rows whose name contains this; nothing is written")
+    parser.add_argument("--child", nargs=2, metavar=("SIDE", "WORK"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        side, work = arguments.child
+        print(json.dumps(measure(side, json.loads(work))))
+        return
+    try:
+        metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        sys.exit("transformers, the peer of this race, is missing: pip install 'loadstone[bench]'")
+    run(arguments)

@@ -1,0 +1,124 @@
+"""``loadstone inspect``: what a checkpoint holds and how it would be loaded, from headers only."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..loading.report import human, merge_numbers
+from ..models.preview import Preview, preview
+from ..registry import AutoConfig
+from ..registry.table import architecture_of
+from .output import Output, count, print_json
+from .place import memory_of, source_of
+
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+          "intermediate_size", "vocab_size", "max_position_embeddings", "sliding_window")  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print what was found."""
+    source = source_of(arguments)
+    row = architecture_of(AutoConfig.from_pretrained(source))
+    seen = preview(
+        row.model_class(),
+        source,
+        dtype=arguments.dtype,
+        device_map=arguments.device_map,
+        max_memory=memory_of(arguments),
+        variant=arguments.variant,
+    )
+    facts = _facts(seen, source.commit, row.model_type, row.origin)
+    if arguments.json:
+        print_json(facts)
+    else:
+        _show(facts, Output())
+
+
+def _facts(seen: Preview, commit: str | None, model_type: str, origin: str) -> dict[str, Any]:
+    checkpoint, plan, model = seen.checkpoint, seen.plan, seen.model
+    twins = set(model.active_ties())
+    total = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in twins)
+    in_file: dict[str, int] = {}
+    in_dtype: dict[str, int] = {}
+    for entry in checkpoint.entries.values():
+        in_file[entry.file.name] = in_file.get(entry.file.name, 0) + entry.nbytes
+        name = str(entry.dtype).removeprefix("torch.")
+        in_dtype[name] = in_dtype.get(name, 0) + entry.nbytes
+    return {
+        "name": checkpoint.name,
+        "commit": commit,
+        "model_type": model_type,
+        "model_class": type(model).__name__,
+        "origin": origin,
+        "sizes": {name: getattr(seen.config, name) for name in _SIZES if getattr(seen.config, name, None) is not None},
+        "parameters": total,
+        "checkpoint": {"tensors": len(checkpoint.entries), "bytes": checkpoint.total_bytes, "bytes_by_dtype": in_dtype,
+                       "bytes_by_file": in_file, "index_faults": list(checkpoint.index_faults)},
+        "plan": {
+            "tensors": len(plan.moves),
+            "bytes_by_dtype": plan.memory_by_dtype(),
+            "bytes_by_device": plan.memory_by_device(),
+            "bytes_by_transform": plan.bytes_by_transform(),
+            "device_map": plan.placement.as_hf() if plan.placement.given else None,
+            "tied": {**plan.tied, **plan.compare},
+            "missing": list(plan.missing),
+            "unexpected": list(plan.unexpected),
+            "mismatched": [str(mismatch) for mismatch in plan.mismatched],
+            "ignored": list(plan.ignored),
+        },
+    }  # fmt: skip
+
+
+def _show(facts: dict[str, Any], output: Output) -> None:
+    checkpoint, plan = facts["checkpoint"], facts["plan"]
+    output.line(facts["name"] + (f" at commit {facts['commit']}" if facts["commit"] else ""), "bold")
+    output.heading("Model")
+    output.fields(
+        [
+            ("architecture", f"{facts['model_class']} ({facts['model_type']}, of {facts['origin']})"),
+            ("parameters", f"{count(facts['parameters'])} ({facts['parameters']:,})"),
+            *((name, f"{value:,}") for name, value in facts["sizes"].items()),
+        ]
+    )
+    output.heading("Checkpoint")
+    output.fields([("tensors", f"{checkpoint['tensors']:,}"), *_sizes(checkpoint["bytes_by_dtype"]),
+                   *_sizes(_shortened(checkpoint["bytes_by_file"]))])  # fmt: skip
+    output.heading("Plan")
+    places = [(f"memory on {device}", human(size)) for device, size in plan["bytes_by_device"].items()]
+    ways = {"map": "mapped, not read", "cast": "cast", "copy": "copied", "none": "left on meta"}
+    places += [(ways[name], human(size)) for name, size in plan["bytes_by_transform"].items()]
+    output.fields([*places, *_sizes(plan["bytes_by_dtype"])])
+    if len(plan["device_map"] or ()) > 1:
+        output.heading("Device map")
+        by_device: dict[str, list[str]] = {}
+        for module, device in plan["device_map"].items():
+            by_device.setdefault(str(device), []).append(module)
+        # A trailing dot lets numbers at the end of a name merge as those inside do.
+        output.fields((device, ", ".join(line.rstrip(".") for line in merge_numbers(f"{m}." for m in modules)))
+                      for device, modules in by_device.items())  # fmt: skip
+    _show_misfits(plan, checkpoint["index_faults"], output)
+
+
+def _show_misfits(plan: dict[str, Any], faults: list[str], output: Output) -> None:
+    rows = [("tied", f"{target} = {source}") for target, source in plan["tied"].items()]
+    for kind, what in (("missing", "MISSING, would be initialised"), ("unexpected", "UNEXPECTED, would be left out"),
+                       ("mismatched", "MISMATCHED, would not load"), ("ignored", "not needed")):  # fmt: skip
+        rows += [(what, line) for line in merge_numbers(plan[kind])]
+    rows += [("index", fault) for fault in faults]
+    if rows:
+        output.heading("Weights")
+        output.fields(rows)
+
+
+def _sizes(sizes: dict[str, int]) -> list[tuple[str, str]]:
+    return [(name, human(size)) for name, size in sizes.items()]
+
+
+def _shortened(files: dict[str, int], shown: int = 6) -> dict[str, int]:
+    """The first files, and the others in one row."""
+    if len(files) <= shown:
+        return files
+    names = list(files)
+    return {**{name: files[name] for name in names[: shown - 1]},
+            f"and {len(names) - shown + 1} more files": sum(files[name] for name in names[shown - 1 :])}  # fmt: skip

@@ -1,0 +1,123 @@
+"""The arguments of the command, and what becomes of its errors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from ..errors import LoadstoneError
+from .arguments import device_map, memory, number, positive
+
+# Command -> the module that runs it, imported only then.
+_COMMANDS = {"demo": ".demo", "inspect": ".inspect", "generate": ".generate", "list": ".listing"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, 1 (unexpected error), 2 (bad input) or 130 (interrupted)."""
+    arguments = parser().parse_args(argv)
+    try:
+        import_module(_COMMANDS[arguments.command], __package__).run(arguments)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        print("loadstone: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader had enough (head, less); what is still buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except LoadstoneError as error:
+        if arguments.traceback:
+            raise
+        print(f"loadstone: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if arguments.traceback:
+            raise
+        print(
+            f"loadstone: unexpected {type(error).__name__}: {_one_line(error)} (--traceback shows where)",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _one_line(error: Exception) -> str:
+    """The message without line breaks or control characters: file names and tensor names may hold anything."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    from .. import __version__
+
+    top = argparse.ArgumentParser(
+        prog="loadstone", description="Causal language models by name: look at checkpoints, generate text, see a demo."
+    )
+    top.add_argument("--version", action="version", version=f"loadstone {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="demo | inspect | generate | list")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    common.add_argument("--traceback", action="store_true", help="on errors show where they were raised")
+    _demo(commands.add_parser("demo", parents=[common], help="load, generate, fine-tune, save and reload a small model"))
+    _inspect(commands.add_parser("inspect", parents=[common], help="what a checkpoint holds and how it would be loaded"))
+    _generate(commands.add_parser("generate", parents=[common], help="continue a prompt"))
+    _list(commands.add_parser("list", parents=[common], help="the architectures that can be loaded"))
+    return top
+
+
+def _demo(command: argparse.ArgumentParser) -> None:
+    command.description = "Load the embedded model, generate, fine-tune on a few lines, save and reload; under a minute."
+    command.add_argument("--steps", type=positive, default=40, help="training steps (default %(default)s)")
+    command.add_argument("--seed", type=number, default=0, help="of the sampling (default %(default)s)")
+    command.add_argument("--keep", metavar="DIR", help="save the fine-tuned model there instead of a temporary place")
+
+
+def _place(command: argparse.ArgumentParser) -> None:
+    """The options that say where a model comes from, and where it goes."""
+    command.add_argument(
+        "name", nargs="?", metavar="NAME", help="a directory or a Hub repository id (default: the embedded model)"
+    )
+    command.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    command.add_argument("--subfolder", default="", help="folder of the checkpoint inside NAME")
+    command.add_argument("--variant", help="as in model.VARIANT.safetensors")
+    command.add_argument("--cache-dir", metavar="DIR", help="cache of Hub repositories")
+    command.add_argument("--local-files-only", action="store_true", help="use the cache, do not reach for the Hub")
+    command.add_argument("--dtype", help="float32, bfloat16, ... (default: what config.json says)")
+    command.add_argument(
+        "--device-map", type=device_map, metavar="MAP", help="a device, auto, balanced, sequential, or a JSON object"
+    )
+    command.add_argument(
+        "--max-memory", type=memory, nargs="+", metavar="DEVICE=SIZE", help="for --device-map, as in 0=20GiB cpu=60GiB"
+    )
+
+
+def _inspect(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Read the headers of a checkpoint, no weights: architecture, parameters, memory, and the plan of a load. "
+        "Devices in the map need not be on this machine."
+    )
+    _place(command)
+
+
+def _generate(command: argparse.ArgumentParser) -> None:
+    command.description = "Continue a prompt, streaming the text; sampling if a sampling option is given."
+    _place(command)
+    command.add_argument("--prompt", required=True, help="the text to continue; - reads it from standard input")
+    command.add_argument("--max-new-tokens", type=positive, default=200, help="default %(default)s")
+    command.add_argument("--temperature", type=float, help="0 is greedy")
+    command.add_argument("--top-k", type=number)
+    command.add_argument("--top-p", type=float)
+    command.add_argument("--min-p", type=float)
+    command.add_argument("--repetition-penalty", type=float)
+    command.add_argument("--num-beams", type=positive, help="beam search; the text comes at the end")
+    command.add_argument("--stop", action="append", metavar="TEXT", help="end after this text (can be repeated)")
+    command.add_argument("--seed", type=number, default=0, help="of the sampling (default %(default)s)")
+    command.add_argument("--no-echo", action="store_true", help="do not print the prompt before its continuation")
+    command.add_argument("--attn", metavar="NAME", help="attention implementation: sdpa (default), eager")
+
+
+def _list(command: argparse.ArgumentParser) -> None:
+    command.description = "The registered architectures, plug-ins of installed packages included."
+    command.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="a shell pattern, as in 'qwen*'")

@@ -1,0 +1,30 @@
+"""Where the model of a command comes from."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..loading.source import Source, resolve_source
+
+DEMO = Path(__file__).parent.parent / "models" / "demo"
+"""The embedded model: a checkpoint directory inside the package."""
+
+
+def source_of(arguments: argparse.Namespace) -> Source:
+    """The checkpoint that NAME and the options beside it mean; without NAME the embedded model."""
+    if arguments.name is None:
+        return resolve_source(DEMO, subfolder=arguments.subfolder)
+    return resolve_source(
+        arguments.name,
+        cache_dir=arguments.cache_dir,
+        local_files_only=arguments.local_files_only,
+        revision=arguments.revision,
+        subfolder=arguments.subfolder,
+    )
+
+
+def memory_of(arguments: argparse.Namespace) -> dict[Any, str] | None:
+    """``--max-memory`` as a dictionary."""
+    return dict(arguments.max_memory) if arguments.max_memory else None

@@ -1,0 +1,109 @@
+"""CPU memory for weights that are computed while loading: huge pages, given back tensor by tensor.
+
+Most of the cost of fresh memory is the page faults. Anonymous mappings with MADV_HUGEPAGE take one fault for 2 MiB
+instead of 512. Each large tensor has its own mapping, so replacing one weight gives its memory back at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+HUGE = 2 << 20
+ALIGNMENT = 64
+PAGE = mmap.PAGESIZE
+_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)
+DONTNEED = getattr(mmap, "MADV_DONTNEED", 4)
+POPULATE_READ, POPULATE_WRITE = 22, 23  # Linux 5.14; unknown to Python's mmap
+
+
+def allocate(wanted: Sequence[tuple[torch.Size | tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:
+    """Uninitialised (zero, not yet backed by memory) contiguous CPU tensors of the given shapes and dtypes.
+
+    Tensors of 2 MiB and more start at a 2 MiB boundary in a mapping of their own; smaller ones share one. Each has a
+    storage of exactly its own bytes.
+    """
+    sizes = [_nbytes(shape, dtype) for shape, dtype in wanted]
+    small = sum(_rounded(size) for size in sizes if size < HUGE)
+    pool, position = _map(small) if small else None, 0
+    tensors = []
+    for (shape, dtype), size in zip(wanted, sizes, strict=True):
+        if size == 0:
+            tensors.append(torch.empty(tuple(shape), dtype=dtype, device="cpu"))
+        elif size < HUGE:
+            tensors.append(_tensor(pool, position, shape, dtype, size))
+            position += _rounded(size)
+        else:
+            mapping = _map(size + HUGE)
+            start = -_address(mapping) % HUGE
+            if _HUGEPAGE is not None:
+                with suppress(OSError):  # a kernel without huge pages: small ones will do
+                    mapping.madvise(_HUGEPAGE, start, size // HUGE * HUGE)
+            tensors.append(_tensor(mapping, start, shape, dtype, size))
+    return tensors
+
+
+def advise(tensor: torch.Tensor, advice: int, *, inside: bool) -> None:
+    """madvise the pages of a contiguous CPU tensor: those it has to itself (``inside``), or all it touches.
+
+    Other threads run meanwhile. What the kernel does not know or want is ignored: advice changes no result.
+    """
+    call = _madvise()
+    if call is None:
+        return
+    start = tensor.data_ptr()
+    end = start + tensor.nbytes
+    if inside:
+        start, end = -(-start // PAGE) * PAGE, end // PAGE * PAGE
+    else:
+        start = start // PAGE * PAGE
+    if end > start:
+        call(start, end - start, advice)
+
+
+@lru_cache(maxsize=1)
+def _madvise() -> Any:
+    if not sys.platform.startswith("linux"):
+        return None
+    call = ctypes.CDLL(None).madvise
+    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    call.restype = ctypes.c_int
+    return call
+
+
+def _map(size: int) -> mmap.mmap:
+    try:
+        if sys.platform == "win32":
+            return mmap.mmap(-1, size)
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no memory for {size} bytes of weights: {error.strerror}") from error
+
+
+def _address(mapping: mmap.mmap) -> int:
+    return torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
+
+
+def _tensor(
+    mapping: mmap.mmap | None, start: int, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, size: int
+) -> torch.Tensor:
+    assert mapping is not None
+    return torch.frombuffer(mapping, dtype=dtype, count=size // dtype.itemsize, offset=start).view(tuple(shape))
+
+
+def _nbytes(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> int:
+    count = dtype.itemsize
+    for size in shape:
+        count *= size
+    return count
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,159 @@
+"""Loading as a whole: plan, initialise what is missing, stream, recompute buffers, assign, tie, dispatch, report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import Checkpoint
+from .device_map import DeviceMap, MaxMemory
+from .initialize import check_buffers, initialize_missing, recompute_buffers
+from .plan import Plan, make_plan
+from .progress import Progress
+from .report import LoadReport
+from .stream import Streamed, stream
+from .tree import Tree
+
+logger = logging.getLogger("loadstone.loading")
+
+
+def load_into(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory | None = None,
+    no_split: Collection[str] = (),
+    skip_keys: str | Sequence[str] | None = None,
+    ties: Mapping[str, str] | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    base_model_prefix: str = "",
+    ignore_unexpected: Sequence[str] = (),
+    ignore_missing: Sequence[str] = (),
+    ignore_mismatched_sizes: bool = False,
+    strict: bool = False,
+    initialize: Callable[[nn.Module], None] | None = None,
+    progress: bool | None = None,
+) -> LoadReport:
+    """Load ``checkpoint`` into ``model``, which is on meta with every weight already of its final dtype.
+
+    Afterwards nothing is on meta (unless ``device_map="meta"``), tied weights are one parameter, and a model on
+    several devices has accelerate's hooks. ``model.hf_device_map`` is set if ``device_map`` was given.
+
+    ``ties`` maps each tied weight to its source; ``ignore_unexpected`` and ``ignore_missing`` are regexes of names not
+    to report; ``initialize(module)`` initialises one module's own weights; modules with non-persistent buffers have
+    ``reset_buffers(device)``. Whatever does not fit is logged as a warning, or raised with ``strict``.
+
+    Raises, before any weight is read: DeviceMapError, ShapeMismatchError, MissingWeightsError, UnexpectedWeightsError,
+    FormatError, IntegrityError, InitializationError. If anything raises, the model is as it was before the call.
+    """
+    started = time.perf_counter()
+    plan = make_plan(
+        model,
+        checkpoint,
+        device_map=device_map,
+        max_memory=max_memory,
+        no_split=no_split,
+        ties=ties,
+        key_mapping=key_mapping,
+        base_model_prefix=base_model_prefix,
+        ignore_unexpected=ignore_unexpected,
+        ignore_missing=ignore_missing,
+    )
+    plan.check(strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    try:
+        streamed = _execute(plan, checkpoint, initialize, progress)
+        if plan.placement.given:
+            model.hf_device_map = plan.placement.as_hf()  # type: ignore[assignment]
+        if _needs_dispatch(plan):
+            _dispatch(model, plan, skip_keys)
+    except BaseException:
+        _restore(model, plan.tree)
+        raise
+    report = _report(plan, checkpoint, streamed, time.perf_counter() - started)
+    if not report.fits:
+        logger.warning("%s", report)
+    return report
+
+
+def _execute(
+    plan: Plan, checkpoint: Checkpoint, initialize: Callable[[nn.Module], None] | None, progress: bool | None
+) -> Streamed:
+    """Bring all tensors, then put them into the model at once."""
+    if plan.placement.main_device.type == "meta":
+        return _meta(plan)
+    check_buffers(plan.tree)
+    values = initialize_missing(plan.tree, plan.to_initialize, plan.placement, initialize)
+    values.update(recompute_buffers(plan.tree, plan.placement))
+    copied = sum(move.entry.nbytes for move in plan.moves if move.transform in ("cast", "copy"))
+    with Progress(copied, progress, plan.model_class) as bar:
+        streamed = stream(plan, checkpoint, bar if bar.watching else None)
+    values.update(streamed.tensors)
+    _assign(plan.tree, values, streamed.tied)
+    return streamed
+
+
+def _meta(plan: Plan) -> Streamed:
+    """A model that stays on meta; what would be tied, or is there twice, is tied."""
+    tied = {**plan.tied, **plan.compare}
+    _assign(plan.tree, {name: slot.tensor for name, slot in plan.tree.weights.items()}, tied)
+    return Streamed({}, tied, 0, 0)
+
+
+def _assign(tree: Tree, values: dict[str, torch.Tensor], tied: Mapping[str, str]) -> None:
+    parameter = nn.Parameter
+    for name, slot in tree.slots():
+        value = values.get(name)
+        if value is None:
+            continue
+        if slot.is_parameter and not isinstance(value, parameter):
+            value = values[name] = parameter(value, requires_grad=slot.tensor.requires_grad)
+        slot.put(value)
+    for target, source in tied.items():
+        tree.weights[target].put(values[source])
+
+
+def _needs_dispatch(plan: Plan) -> bool:
+    return len(plan.placement.devices) > 1
+
+
+def _dispatch(model: nn.Module, plan: Plan, skip_keys: str | Sequence[str] | None) -> None:
+    """Hooks that carry activations between devices, as accelerate makes them."""
+    from accelerate import dispatch_model
+
+    options: dict[str, Any] = {} if skip_keys is None else {"skip_keys": skip_keys}
+    dispatch_model(model, device_map=plan.placement.as_hf(), **options)
+
+
+def _restore(model: nn.Module, tree: Tree) -> None:
+    """The model as it was: half-loaded models do not exist."""
+    if getattr(model, "_hf_hook", None) is not None:
+        from accelerate.hooks import remove_hook_from_submodules
+
+        remove_hook_from_submodules(model)
+    for _name, slot in tree.slots():
+        slot.put(slot.tensor)
+    model.__dict__.pop("hf_device_map", None)
+
+
+def _report(plan: Plan, checkpoint: Checkpoint, streamed: Streamed, seconds: float) -> LoadReport:
+    return LoadReport(
+        name=checkpoint.name,
+        model_class=plan.model_class,
+        loaded=len(streamed.tensors),
+        missing=plan.missing,
+        unexpected=plan.unexpected,
+        mismatched=tuple((one.name, one.checkpoint_shape, one.model_shape) for one in plan.mismatched),
+        tied=streamed.tied,
+        ignored=plan.ignored,
+        bytes_total=streamed.bytes_mapped + streamed.bytes_copied,
+        bytes_mapped=streamed.bytes_mapped,
+        bytes_copied=streamed.bytes_copied,
+        seconds=seconds,
+        device_map=plan.placement.as_hf() if plan.placement.given else None,
+    )

@@ -1,0 +1,61 @@
+"""What loading a checkpoint would do, from its configuration and headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..loading.checkpoint import Checkpoint, open_checkpoint
+from ..loading.plan import Plan, make_plan
+from ..loading.source import Source
+from ..quant import refuse_quantized
+from .causal_lm import CausalLM
+from .configuration import PreTrainedConfig
+from .pretrained import build_on_meta, choose_dtype
+
+
+@dataclass(frozen=True)
+class Preview:
+    """``model`` is on meta; ``plan`` is what `CausalLM.from_pretrained` would execute."""
+
+    config: PreTrainedConfig
+    model: CausalLM
+    checkpoint: Checkpoint
+    plan: Plan
+
+
+def preview(
+    cls: type[CausalLM],
+    source: Source,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    variant: str | None = None,
+) -> Preview:
+    """Plan ``cls.from_pretrained(source, ...)`` without reading weights; devices need not exist on this machine.
+
+    Raises what loading would raise for the configuration, the headers and the device map. What does not fit between
+    checkpoint and model is in the plan, not raised.
+    """
+    config = cls.config_class.from_pretrained(source)
+    refuse_quantized(source.name, getattr(config, "quantization_config", None), None)
+    checkpoint = open_checkpoint(source, variant=variant)
+    config.dtype = choose_dtype(dtype, config, checkpoint)
+    model = build_on_meta(cls, config)
+    plan = make_plan(
+        model,
+        checkpoint,
+        device_map=device_map,
+        max_memory=max_memory,
+        no_split=model._no_split_modules,
+        ties=model.active_ties(),
+        base_model_prefix=model.base_model_prefix,
+        ignore_unexpected=model._keys_to_ignore_on_load_unexpected,
+        ignore_missing=model._keys_to_ignore_on_load_missing,
+        devices_must_exist=False,
+    )
+    return Preview(config, model, checkpoint, plan)

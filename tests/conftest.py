@@ -1,0 +1,24 @@
+"""What all tests share: hypothesis profiles, and import paths."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from hypothesis import HealthCheck, settings
+
+TESTS = Path(__file__).parent
+
+# Tests import their helpers by name (`tiny`, `smollm2`, `parity.peers`). The repository's root must not be importable:
+# transformers takes a top-level `kernels`, which our folder of that name would be, for a package it knows.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != TESTS.parent]
+sys.path.insert(0, str(TESTS))
+
+_QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.differing_executors]
+settings.register_profile("ci", derandomize=True, deadline=None, database=None, suppress_health_check=_QUIET)
+settings.register_profile("thorough", deadline=None, suppress_health_check=_QUIET, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
