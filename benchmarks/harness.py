@@ -192,6 +192,8 @@ def main(module: str, description: str, measure: Measure, run: Callable[[argpars
     parser.add_argument("--child", nargs=2, metavar=("SIDE", "WORK"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
+        # Started from the repository's root, whose folder ``kernels`` transformers would take for a package it knows.
+        sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
         side, work = arguments.child
         print(json.dumps(measure(side, json.loads(work))))
         return

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError, GenerationError
-from ..models.tokenizer import TextStream, Tokenizer, load_tokenizer
+from ..models.tokenizer import TextStream, load_tokenizer
 from ..registry import AutoModelForCausalLM
 from .output import Output, print_json
 from .place import memory_of, source_of
@@ -38,9 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
         if begin is None:
             raise GenerationError("the prompt is empty and the model names no token to begin with; give a prompt")
         ids = [begin]
-    show = _Printer(Output(), tokenizer, ids, quiet=arguments.json)
-    if not arguments.no_echo:
-        show.text(prompt, "dim")
+    show = _Printer(Output(), TextStream(tokenizer, ids), "" if arguments.no_echo else prompt, quiet=arguments.json)
     started = time.perf_counter()
     with torch.inference_mode():
         rows = model.generate(
@@ -95,18 +93,22 @@ def _first_line(model: Any) -> str:
 
 
 class _Printer:
-    """Given each step's tokens, prints the text that they complete."""
+    """Given each step's tokens, prints the text that they complete, the prompt before the first of it."""
 
-    def __init__(self, output: Output, tokenizer: Tokenizer, prompt: list[int], quiet: bool) -> None:
-        self._output, self._quiet = output, quiet
-        self._stream = TextStream(tokenizer, prompt)
+    def __init__(self, output: Output, stream: TextStream, prompt: str, quiet: bool) -> None:
+        self._output, self._stream, self._prompt, self._quiet = output, stream, prompt, quiet
 
     def __call__(self, tokens: torch.Tensor) -> None:
         self.text(self._stream.put(int(tokens[0])))
 
-    def text(self, text: str, style: str = "") -> None:
-        if text and not self._quiet:
-            self._output.write(text, style)
+    def text(self, text: str) -> None:
+        if self._quiet:
+            return
+        if self._prompt:
+            self._output.write(self._prompt, "dim")
+            self._prompt = ""
+        if text:
+            self._output.write(text)
 
     def end(self) -> None:
         self.text(self._stream.end())

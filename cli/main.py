@@ -60,15 +60,21 @@ def parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     common.add_argument("--traceback", action="store_true", help="on errors show where they were raised")
-    _demo(commands.add_parser("demo", parents=[common], help="load, generate, fine-tune, save and reload a small model"))
-    _inspect(commands.add_parser("inspect", parents=[common], help="what a checkpoint holds and how it would be loaded"))
+    _demo(
+        commands.add_parser("demo", parents=[common], help="load, generate, fine-tune, save and reload a small model")
+    )
+    _inspect(
+        commands.add_parser("inspect", parents=[common], help="what a checkpoint holds and how it would be loaded")
+    )
     _generate(commands.add_parser("generate", parents=[common], help="continue a prompt"))
     _list(commands.add_parser("list", parents=[common], help="the architectures that can be loaded"))
     return top
 
 
 def _demo(command: argparse.ArgumentParser) -> None:
-    command.description = "Load the embedded model, generate, fine-tune on a few lines, save and reload; under a minute."
+    command.description = (
+        "Load the embedded model, generate, fine-tune on a few lines, save and reload; under a minute."
+    )
     command.add_argument("--steps", type=positive, default=40, help="training steps (default %(default)s)")
     command.add_argument("--seed", type=number, default=0, help="of the sampling (default %(default)s)")
     command.add_argument("--keep", metavar="DIR", help="save the fine-tuned model there instead of a temporary place")

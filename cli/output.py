@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, TextIO
 
 _CONTROLS = {code: 0xFFFD for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -71,7 +72,6 @@ class Output:
     def progress(self, text: str, *, last: bool = False) -> None:
         """A line that the next one overwrites, on a terminal; elsewhere only the last is printed."""
         if self.terminal:
-            self.write("", end="")
             self.stream.write("\r\x1b[2K" + text.translate(_CONTROLS) + ("\n" if last else ""))
             self.stream.flush()
         elif last:
@@ -89,7 +89,7 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
         return ""
     count = min(width, len(values))
     edges = [len(values) * i // count for i in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((value - low) * scale)] for value in means)

@@ -15,6 +15,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -40,13 +41,13 @@ for facts or for verses.
 
 | | |
 |---|---|
-| Architecture | Llama: {layers} layers, hidden {hidden}, {heads} heads over {kv_heads} key heads, MLP {mlp}, tied embeddings |
+| Shape | {layers} layers, hidden {hidden}, {heads} heads over {kv_heads} key heads, MLP {mlp}, tied embeddings |
 | Vocabulary | {vocab}: the 256 bytes, `<bos>`, `<eos>` |
 | Context | {context} bytes in training |
 | Weights | {dtype}, safetensors |
 | Text | King James Bible of 1611 (text out of copyright), Debian package `bible-kjv-text` |
 | Split | {train_bytes:,} bytes to train, {held_bytes:,} held out (every {every}th chapter) |
-| Training | {steps} steps of {batch} x {context} bytes ({epochs:.1f} epochs), AdamW, {minutes:.0f} minutes on one CPU core |
+| Training | {steps} steps of {batch} x {context} bytes ({epochs:.1f} epochs), AdamW, one CPU core |
 | Loss on the held-out chapters | {held_loss:.4f} nats a byte ({bits:.3f} bits) |
 
 ## How it was made
@@ -89,7 +90,7 @@ def as_tokens(documents: list[str], tokenizer: ByteTokenizer) -> torch.Tensor:
     return torch.tensor([token for document in ids for token in document])
 
 
-def batches(tokens: torch.Tensor, batch: int, context: int, generator: torch.Generator):
+def batches(tokens: torch.Tensor, batch: int, context: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
     """Endless batches (batch, context) of blocks: each epoch cuts the text at another offset and shuffles."""
     while True:
         offset = int(torch.randint(context, (), generator=generator))
@@ -158,15 +159,19 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, held: torch.Tensor, arg
         now = time.monotonic()
         if step % args.log_every == 0 or step == args.steps - 1:
             speed = (step + 1) * block.numel() / (now - start)
-            print(f"step {step:5d}  loss {loss.item():.4f}  lr {rate(step, args):.2e}  {speed:,.0f} bytes/s", flush=True)
+            print(
+                f"step {step:5d}  loss {loss.item():.4f}  lr {rate(step, args):.2e}  {speed:,.0f} bytes/s", flush=True
+            )
         if now - saved > args.save_seconds:
             model.save_pretrained(args.out)
             saved = now
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            print(f"step {step:5d}  held-out loss {held_out_loss(model, held[: 40 * 1024], args.context):.4f}", flush=True)
+            print(
+                f"step {step:5d}  held-out loss {held_out_loss(model, held[: 40 * 1024], args.context):.4f}", flush=True
+            )
 
 
-def describe(model: LlamaForCausalLM, args: argparse.Namespace, sizes: tuple[int, int], seconds: float, held: float) -> str:
+def describe(model: LlamaForCausalLM, args: argparse.Namespace, sizes: tuple[int, int], held: float) -> str:
     """The model card."""
     tokenizer = ByteTokenizer()
     prompt = torch.tensor([tokenizer.encode("And it came to pass")])
@@ -176,6 +181,7 @@ def describe(model: LlamaForCausalLM, args: argparse.Namespace, sizes: tuple[int
     )
     config = model.config
     options = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in ("steps", "batch", "lr", "seed"))
+    options += " --compile" if args.compile else ""
     return CARD.format(
         parameters=model.num_parameters(),
         layers=config.num_hidden_layers,
@@ -192,7 +198,6 @@ def describe(model: LlamaForCausalLM, args: argparse.Namespace, sizes: tuple[int
         steps=args.steps,
         batch=args.batch,
         epochs=args.steps * args.batch * args.context / sizes[0],
-        minutes=seconds / 60,
         held_loss=held,
         bits=held / math.log(2),
         command=f"OMP_NUM_THREADS=1 python examples/train_demo.py --text kjv.txt --out models/demo {options}",
@@ -230,16 +235,17 @@ def main(argv: list[str] | None = None) -> None:
     kept = [text for i, text in enumerate(documents) if i % args.hold_out_every != args.hold_out_every - 1]
     tokens = as_tokens(kept, tokenizer)
     model = build(args, tokenizer)
-    print(f"{len(documents)} chapters, {len(tokens):,} bytes to train, {len(held):,} held out; "
-          f"{model.num_parameters():,} parameters", flush=True)
-    start = time.monotonic()
+    print(
+        f"{len(documents)} chapters, {len(tokens):,} bytes to train, {len(held):,} held out; "
+        f"{model.num_parameters():,} parameters",
+        flush=True,
+    )
     train(model, tokens, held, args)
-    seconds = time.monotonic() - start
     loss = held_out_loss(model, held, args.context)
     print(f"held-out loss {loss:.4f} nats a byte", flush=True)
     model.save_pretrained(args.out)
     (args.out / "tokenizer_config.json").write_text(json.dumps(tokenizer.to_dict(), indent=2) + "\n", encoding="utf-8")
-    card = describe(model, args, (len(tokens), len(held)), seconds, loss)
+    card = describe(model, args, (len(tokens), len(held)), loss)
     (args.out / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -20,6 +21,7 @@ HUGE = 2 << 20
 ALIGNMENT = 64
 PAGE = mmap.PAGESIZE
 _HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)
+NOHUGEPAGE = getattr(mmap, "MADV_NOHUGEPAGE", 15)
 DONTNEED = getattr(mmap, "MADV_DONTNEED", 4)
 POPULATE_READ, POPULATE_WRITE = 22, 23  # Linux 5.14; unknown to Python's mmap
 
@@ -66,6 +68,37 @@ def advise(tensor: torch.Tensor, advice: int, *, inside: bool) -> None:
         start = start // PAGE * PAGE
     if end > start:
         call(start, end - start, advice)
+
+
+class Populator:
+    """Backs memory of ``allocate`` piece by piece, just before it is written; used by several threads.
+
+    Huge pages are given up where they are slow to come by. That is so in virtual machines that give free memory back
+    to their host: it takes only large free blocks, so huge pages always come from the host, at its pace, while small
+    pages are still there. Time of this thread's own is measured, since waiting for a processor says nothing.
+    """
+
+    SLOW = 2e-3  # seconds for 2 MiB; 0.1 to 0.5 ms are usual
+    TRIALS = 8
+
+    def __init__(self) -> None:
+        self.small_pages = False
+        self._tried, self._spent = 0, 0.0
+
+    def __call__(self, tensor: torch.Tensor) -> None:
+        if self.small_pages:
+            advise(tensor, NOHUGEPAGE, inside=True)
+            advise(tensor, POPULATE_WRITE, inside=False)
+        elif tensor.nbytes != HUGE:
+            advise(tensor, POPULATE_WRITE, inside=False)
+        else:
+            began = time.thread_time()
+            advise(tensor, POPULATE_WRITE, inside=False)
+            self._spent += time.thread_time() - began
+            self._tried += 1
+            if self._tried >= self.TRIALS:
+                self.small_pages = self._spent > self._tried * self.SLOW
+                self._tried, self._spent = 0, 0.0
 
 
 @lru_cache(maxsize=1)

@@ -7,7 +7,6 @@ unknown fields, an empty name) is refused here.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import stat
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import FormatError, NotFoundError, PathError
+from .strict_json import parse_json
 
 MAX_HEADER = 100_000_000
 MAX_NAME = 512
@@ -167,32 +167,6 @@ def _what_it_is(head: bytes) -> str:
     if text.startswith((b"{", b"[")):
         return "a JSON text"
     return "too short" if len(head) < 8 else ""
-
-
-class _Duplicate(ValueError):
-    pass
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        raise _Duplicate(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
-    return found
-
-
-def _constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
-
-
-def parse_json(text: str) -> Any:
-    """``json.loads`` without its liberties: no NaN or Infinity, no name twice in one object; ValueError if so."""
-    try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-    except _Duplicate as error:
-        raise ValueError(f"{error.args[0]!r} is there twice") from None
 
 
 def _parse(raw: bytes, path: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import FormatError, NotFoundError, PathError, UnsafeFormatError
-from .header import parse_json
 from .source import check_filename
+from .strict_json import parse_json
 
 MAX_INDEX = 64 << 20
 

@@ -15,13 +15,14 @@ Initializer = Callable[[nn.Module], None]
 
 
 def initialize_missing(
-    tree: Tree, names: Sequence[str], placement: Placement, initialize: Initializer | None
+    model: nn.Module, tree: Tree, names: Sequence[str], placement: Placement, initialize: Initializer | None
 ) -> dict[str, torch.Tensor]:
     """Values of the weights ``names``; call it while the rest of the model is still on meta.
 
     The weights appear in the model on their devices, filled with NaN, and ``initialize`` is called once for each
-    module that owns some. Everything else is on meta meanwhile, so whatever an initialiser touches, loaded weights
-    are out of its reach. The model keeps these tensors until the caller assigns or restores.
+    module that holds some, inner ones first as in ``model.apply``, for an outer one may have the last word. Everything
+    else is on meta meanwhile, so whatever an initialiser touches, loaded weights are out of its reach. The model keeps
+    these tensors until the caller assigns or restores.
 
     Raises InitializationError for weights that no one initialised.
     """
@@ -32,24 +33,32 @@ def initialize_missing(
             f"{len(names)} weights are not in the checkpoint and nothing was given to initialise them: "
             f"{', '.join(names[:12])}"
         )
-    owners: dict[int, tuple[str, nn.Module]] = {}
     slots = {name: tree.weights[name] for name in names}
     for name, slot in slots.items():
         blank = _blank(slot.tensor, placement.device_of(name))
         slot.put(nn.Parameter(blank, requires_grad=slot.tensor.requires_grad) if slot.is_parameter else blank)
-        owners.setdefault(id(slot.module), (name.rpartition(".")[0], slot.module))
     with torch.no_grad():
-        for name, module in owners.values():
+        for path, module in _concerned(model, names):
             try:
                 initialize(module)
             except Exception as error:
                 raise InitializationError(
-                    f"initialising {name!r} ({type(module).__name__}) failed: {type(error).__name__}: {error}"
+                    f"initialising {path!r} ({type(module).__name__}) failed: {type(error).__name__}: {error}"
                 ) from error
     for name, slot in slots.items():  # persistent buffers that a file lacks
         if not slot.is_parameter and callable(getattr(slot.module, "reset_buffers", None)):
             _reset(name.rpartition(".")[0], slot.module, placement.device_of(name))
     return {name: _checked(name, slot, placement.device_of(name)) for name, slot in slots.items()}
+
+
+def _concerned(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """The modules on the way from the model to each weight, inner ones first."""
+    paths = {"": None}
+    for name in names:
+        parts = name.split(".")[:-1]
+        paths.update(dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts) + 1)))
+    depth = sorted(paths, key=lambda path: path.count(".") + bool(path), reverse=True)
+    return [(path, model.get_submodule(path)) for path in depth]
 
 
 def recompute_buffers(tree: Tree, placement: Placement) -> dict[str, torch.Tensor]:

@@ -67,7 +67,7 @@ def load_into(
     )
     plan.check(strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
     try:
-        streamed = _execute(plan, checkpoint, initialize, progress)
+        streamed = _execute(model, plan, checkpoint, initialize, progress)
         if plan.placement.given:
             model.hf_device_map = plan.placement.as_hf()  # type: ignore[assignment]
         if _needs_dispatch(plan):
@@ -82,13 +82,17 @@ def load_into(
 
 
 def _execute(
-    plan: Plan, checkpoint: Checkpoint, initialize: Callable[[nn.Module], None] | None, progress: bool | None
+    model: nn.Module,
+    plan: Plan,
+    checkpoint: Checkpoint,
+    initialize: Callable[[nn.Module], None] | None,
+    progress: bool | None,
 ) -> Streamed:
     """Bring all tensors, then put them into the model at once."""
     if plan.placement.main_device.type == "meta":
         return _meta(plan)
     check_buffers(plan.tree)
-    values = initialize_missing(plan.tree, plan.to_initialize, plan.placement, initialize)
+    values = initialize_missing(model, plan.tree, plan.to_initialize, plan.placement, initialize)
     values.update(recompute_buffers(plan.tree, plan.placement))
     copied = sum(move.entry.nbytes for move in plan.moves if move.transform in ("cast", "copy"))
     with Progress(copied, progress, plan.model_class) as bar:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import IntegrityError
-from .arena import DONTNEED, POPULATE_READ, POPULATE_WRITE, advise, allocate
+from .arena import DONTNEED, HUGE, POPULATE_READ, Populator, advise, allocate
 from .checkpoint import Checkpoint
 from .files import Files
 from .header import TensorEntry
@@ -19,7 +19,7 @@ from .plan import Move, Plan
 
 logger = logging.getLogger("loadstone.loading")
 
-PIECE = 2 << 20  # bytes of destination that a thread populates, fills and leaves behind at a time
+PIECE = HUGE  # bytes of destination that a thread populates, fills and leaves behind at a time
 BLOCK = 32_704  # elements a call: in cache, and just under where torch would start threads of its own
 MAX_THREADS = 4
 
@@ -124,13 +124,14 @@ def _fill(moves: Sequence[Move], tensors: Sequence[torch.Tensor], files: Files, 
         flat, entry, begin, end = piece
         target, source = flat[begin:end], files.flat(entry, begin, end)
         advise(source, POPULATE_READ, inside=False)
-        advise(target, POPULATE_WRITE, inside=False)
+        populate(target)
         for part, block in zip(target.split(BLOCK), source.split(BLOCK), strict=True):
             part.copy_(block)
         if entry.offset % entry.dtype.itemsize == 0:  # else ``source`` is no part of the mapping
             advise(source, DONTNEED, inside=True)
         return source.nbytes
 
+    populate = Populator()
     for path in dict.fromkeys(move.entry.file for move in moves):
         files.raw(path, 0, 0)  # map here: workers only look it up
     work = sum(tensor.nbytes for tensor in tensors)

@@ -41,8 +41,14 @@ class Layer(Protocol):
     def reset(self) -> None: ...
 
 
-def _may_write(buffer: Tensor) -> bool:
-    return not buffer.is_inference() or torch.is_inference_mode_enabled()
+def _may_write(inference: bool) -> bool:
+    """Whether buffers made in inference mode, or not, can be written to now."""
+    return not inference or _inference_mode()
+
+
+def _inference_mode() -> bool:
+    # Compilers cannot trace the question; a compiled step runs in one mode anyway.
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
 def _select(source: Tensor, rows: Tensor, length: int, target: Tensor) -> None:
@@ -71,6 +77,7 @@ class DynamicLayer:
         self._values: Tensor | None = None
         self._start = self._end = self._seen = 0
         self._owned = False  # whether the buffers are ours to write to
+        self._inference = False  # whether they were made in inference mode (a flag, as compilers cannot ask a tensor)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(seen={self._seen}, held={self._end - self._start}, window={self.window})"
@@ -150,7 +157,8 @@ class DynamicLayer:
             key = torch.cat((self.keys, key), dim=2)  # type: ignore[arg-type]
             value = torch.cat((self.values, value), dim=2)  # type: ignore[arg-type]
         kept = self._kept(key.shape[2])
-        if not (self._owned and self._keys is not None and _may_write(self._keys) and self._keys.shape[2] > kept):
+        writable = self._owned and _may_write(self._inference)
+        if not (writable and self._keys is not None and self._keys.shape[2] > kept):
             self._allocate(key, value, kept + 1)
         assert self._keys is not None
         assert self._values is not None
@@ -163,12 +171,12 @@ class DynamicLayer:
         room = self._capacity(need)
         self._keys = key.new_empty((*key.shape[:2], room, key.shape[3]))
         self._values = value.new_empty((*value.shape[:2], room, value.shape[3]))
-        self._owned = True
+        self._owned, self._inference = True, _inference_mode()
 
     def _make_room(self, key: Tensor, value: Tensor, held: int, count: int) -> None:
         """Buffers of our own with ``count`` free places behind ``_end``."""
         keys, values = self._keys, self._values
-        if keys is not None and values is not None and self._owned and _may_write(keys):
+        if keys is not None and values is not None and self._owned and _may_write(self._inference):
             if self._end + count <= keys.shape[2]:
                 return
             if self._start >= held and held + count <= keys.shape[2] and self._capacity(held + count) <= keys.shape[2]:
@@ -208,6 +216,7 @@ class DynamicLayer:
         like = keys.new_empty((*shape[:2], 0, keys.shape[3])), values.new_empty((*shape[:2], 0, values.shape[3]))
         if spare is not None and _fits(spare, like, held):
             self._keys, self._values = spare
+            self._inference = spare[0].is_inference()
         else:
             self._allocate(*like, held + 1)
         _select(keys.narrow(2, self._start, held), rows, held, self._keys)
@@ -222,7 +231,7 @@ def _fits(spare: Buffers, like: Buffers, held: int) -> bool:
         and s.shape[3] == n.shape[3]
         and s.shape[2] > held
         and (s.dtype, s.device) == (n.dtype, n.device)
-        and _may_write(s)
+        and _may_write(s.is_inference())
         for s, n in zip(spare, like, strict=True)
     )
 
@@ -242,6 +251,7 @@ class StaticLayer:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self._seen = 0
+        self._inference = False
 
     def __repr__(self) -> str:
         return f"StaticLayer(seen={self._seen}, max_cache_len={self.max_cache_len})"
@@ -250,6 +260,7 @@ class StaticLayer:
         """Allocate for the batch, heads, width, dtype and device of these."""
         self.keys = key.new_zeros((*key.shape[:2], self.max_cache_len, key.shape[3]))
         self.values = value.new_zeros((*value.shape[:2], self.max_cache_len, value.shape[3]))
+        self._inference = _inference_mode()
 
     def update(self, key: Tensor, value: Tensor) -> Buffers:
         count = key.shape[2]
@@ -260,8 +271,8 @@ class StaticLayer:
             )
         if self.keys is None or self.values is None:
             self.allocate(key, value)
-        elif not _may_write(self.keys):
-            self.keys, self.values = self.keys.clone(), self.values.clone()
+        elif not _may_write(self._inference):
+            self.keys, self.values, self._inference = self.keys.clone(), self.values.clone(), False
         assert self.keys is not None
         assert self.values is not None
         self.keys.narrow(2, self._seen, count).copy_(key)
@@ -292,11 +303,13 @@ class StaticLayer:
         if self.keys is None or self.values is None:
             return spare
         rows = rows.to(self.keys.device)
-        if rows.shape[0] == self.keys.shape[0] and _may_write(self.keys) and not torch.is_grad_enabled():
+        in_place = rows.shape[0] == self.keys.shape[0] and _may_write(self._inference)
+        if in_place and not torch.is_grad_enabled():
             self.keys.copy_(self.keys.index_select(0, rows))  # in place: the addresses stay
             self.values.copy_(self.values.index_select(0, rows))
         else:
             self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+            self._inference = _inference_mode()
         return spare
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from ..errors import ArgumentError, ConfigError, RemoteCodeRefused, UnsupportedModelError
-from ..loading.source import resolve_source
+from ..loading.source import Source, resolve_source
 from . import table
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class AutoModelForCausalLM:
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | Source,
         *model_args: Any,
         config: PreTrainedConfig | str | os.PathLike[str] | None = None,
         dtype: torch.dtype | str | None = None,

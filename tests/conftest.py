@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 TESTS = Path(__file__).parent
 
@@ -17,7 +17,9 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != TE
 sys.path.insert(0, str(TESTS))
 
 _QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.differing_executors]
-settings.register_profile("ci", derandomize=True, deadline=None, database=None, suppress_health_check=_QUIET)
+_FIXED = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": _QUIET}
+settings.register_profile("ci", **_FIXED, phases=(Phase.explicit, Phase.generate, Phase.shrink))
+settings.register_profile("quick", **_FIXED, phases=(Phase.explicit, Phase.generate))  # no shrinking: fails fast
 settings.register_profile("thorough", deadline=None, suppress_health_check=_QUIET, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -66,9 +66,9 @@ def model(kind: str, seed: int = 0, attn_implementation: str = "eager", **overri
     return built
 
 
-def checkpoint(directory: Path, kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+def checkpoint(directory: Path, kind: str, seed: int = 0, stored: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """Write config.json and model.safetensors of a small model; returns the model."""
-    built = model(kind, seed, **overrides).to(dtype)
+    built = model(kind, seed, **overrides).to(stored)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(values(kind, **overrides)))
     tied = set(built.active_ties())

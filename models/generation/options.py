@@ -126,6 +126,8 @@ def merge(model_config: GenerationConfig, given: GenerationConfig | None, kwargs
         elif name not in known:
             names = [*known, "input_ids", "attention_mask", "inputs_embeds", "generator", "streamer", "tokenizer"]
             raise ArgumentError(f"generate() got an unknown argument {name!r}{nearest(name, names)}")
+    if kwargs.get("max_new_tokens") is not None and kwargs.get("max_length") is not None:
+        logger.warning("generate() was given both max_new_tokens and max_length: max_new_tokens counts")
     overrides = GenerationConfig(**{name: value for name, value in kwargs.items() if name in known})
     merged: dict[str, Any] = {}
     for name in known:
@@ -190,8 +192,6 @@ def _lengths(
     # Embeddings in place of input_ids: the caller's lengths count them, the returned sequences do not.
     hidden = embeds_length if embeds_length is not None and embeds_length != prompt_length else 0
     if new is not None:
-        if longest is not None:
-            logger.warning("max_new_tokens=%d takes precedence over max_length=%d", new, longest)
         longest = prompt_length + new
     elif longest is None:
         longest = prompt_length + _DEFAULTS["max_length"]

@@ -265,3 +265,17 @@ def test_arena_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_arena_says_when_memory_is_out() -> None:
     with pytest.raises(MemoryError, match="bytes of weights"):
         arena.allocate([((1 << 60,), torch.float32)])
+
+
+@pytest.mark.parametrize(("seconds", "small"), [(1e-4, False), (5e-3, True)])
+def test_huge_pages_are_given_up_only_where_they_are_slow(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, small: bool
+) -> None:
+    clock = iter(number * seconds for number in range(10**6))
+    monkeypatch.setattr(arena.time, "thread_time", lambda: next(clock))
+    (tensor,) = arena.allocate([((40 * arena.HUGE,), torch.uint8)])
+    populate = arena.Populator()
+    for number in range(40):
+        populate(tensor[number * arena.HUGE : (number + 1) * arena.HUGE])
+    assert populate.small_pages == small
+    assert int(tensor.fill_(1).sum()) == 40 * arena.HUGE

@@ -329,3 +329,22 @@ def test_bad_arguments() -> None:
         StaticCache(Shape(), 0)
     with pytest.raises(GenerationError, match="2 layers"):
         StaticCache(Shape(), 4).update(torch.zeros(1, 2, 1, 3), torch.zeros(1, 2, 1, 3), 2)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "sliding", "static"])
+def test_updates_can_be_traced_whole(kind: str) -> None:
+    """A compiler sees plain tensors and numbers, without breaks (it does specialise on the number of tokens)."""
+    shape = Shape(num_hidden_layers=1, sliding_window=4 if kind == "sliding" else None)
+    caches = [StaticCache(shape, 32) if kind == "static" else DynamicCache(shape) for _ in range(2)]
+
+    def step(key: Tensor, value: Tensor) -> Tensor:
+        keys, values = caches[0].update(key, value, 0)
+        return keys.sum((0, 1, 3)) * values.sum()
+
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for count in (5, 1, 1, 1):
+            key, value = tokens(1, count, generator)
+            keys, values = caches[1].update(key, value, 0)
+            assert torch.equal(compiled(key, value), keys.sum((0, 1, 3)) * values.sum())

@@ -98,7 +98,7 @@ def llama_values(draw: st.DrawFn, kind: str = "llama", rope_type: str | None = N
     values: dict[str, Any] = {
         "model_type": kind,
         "vocab_size": VOCAB,
-        "hidden_size": draw(st.integers(9, 40)) if own_width else heads * half * 2,
+        "hidden_size": heads * (draw(st.integers(2, 8)) if own_width else half * 2),  # the peer wants a multiple
         "intermediate_size": draw(st.integers(8, 64)),
         "num_hidden_layers": draw(st.integers(1, 3)),
         "num_attention_heads": heads,

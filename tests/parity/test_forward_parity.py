@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from parity import peers
 from parity.peers import Case, relative, transformers
@@ -160,6 +160,7 @@ def test_logits_to_keep(kind: str, keep: int | str) -> None:
 def test_cache_in_chunks(kind: str, implementation: str, data: st.DataObject) -> None:
     """Prefill in chunks, then decode token by token, each step against the peer with its own cache."""
     case = data.draw(peers.cases(kind))
+    assume(case.values.get("sliding_window") != 1)  # the peer's cache fails there; test_sliding_window has it
     mine, peer = case.pair(implementation)
     chunks = [*data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)), 1, 1, 1]
     ids = peers.tokens(case.seed, 2, sum(chunks))
@@ -244,6 +245,7 @@ def test_tuple_output(kind: str) -> None:
         for extra in ({}, {"labels": ids}, {"labels": ids, "output_hidden_states": True, "output_attentions": True}):
             ours = mine(ids, return_dict=False, use_cache=False, **extra)
             theirs = peer(ids, return_dict=False, use_cache=False, **extra)
+            theirs = tuple(part for part in theirs if part != ())  # GPT-2's cross-attentions, which are never there
             assert isinstance(ours, tuple)
             assert len(ours) == len(theirs)
             flat = zip(torch.utils._pytree.tree_leaves(ours), torch.utils._pytree.tree_leaves(theirs), strict=True)

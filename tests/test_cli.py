@@ -1,0 +1,281 @@
+"""The command: every subcommand in process, one in a process of its own, its errors and its plain and rich output."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import loadstone
+from loadstone.cli import main
+from loadstone.cli.output import Output, count, sparkline
+from loadstone.models.pretrained import build_on_meta
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run the command in process: (status, standard output, standard error)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        status = main(list(arguments))
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def sparse_checkpoint(directory: Path, config: Any, shards: int) -> None:
+    """A checkpoint of any size whose tensors are holes in its files."""
+    shapes = {
+        name: tuple(t.shape) for name, t in build_on_meta(loadstone.LlamaForCausalLM, config).state_dict().items()
+    }
+    names = list(shapes)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        header, offset = {}, 0
+        for name in names[len(names) * shard // shards : len(names) * (shard + 1) // shards]:
+            end = offset + 2 * torch.Size(shapes[name]).numel()
+            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [offset, end]}
+            weight_map[name], offset = file, end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        (directory / file).write_bytes(struct.pack("<Q", len(text)) + text)
+        os.truncate(directory / file, 8 + len(text) + offset)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "config.json").write_text(config.to_json_string())
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys, loadstone.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "generate" in done.stdout
+
+
+def test_module_runs_as_a_command(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "loadstone", "--version"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, f"loadstone {loadstone.__version__}")
+
+
+def test_list(run: Any) -> None:
+    status, out, _ = run("list")
+    assert status == 0
+    assert all(kind in out for kind in tiny.KINDS)
+    rows = json.loads(run("list", "ll*", "--json")[1])
+    assert rows == [
+        {"model_type": "llama", "config": "LlamaConfig", "model": "LlamaForCausalLM", "origin": "loadstone"}
+    ]
+
+
+def test_list_says_when_nothing_matches(run: Any) -> None:
+    status, out, err = run("list", "nothing*")
+    assert (status, out) == (2, "")
+    assert "llama" in err
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_inspect_agrees_with_the_loaded_model(run: Any, tmp_path: Path, kind: str) -> None:
+    model = tiny.checkpoint(tmp_path, kind, dtype=torch.bfloat16)
+    facts = json.loads(run("inspect", str(tmp_path), "--json", "--dtype", "float32")[1])
+    assert facts["parameters"] == model.num_parameters()
+    assert facts["model_class"] == type(model).__name__
+    assert facts["plan"]["missing"] == facts["plan"]["unexpected"] == facts["plan"]["mismatched"] == []
+    assert facts["plan"]["tied"] == model.active_ties()
+    assert facts["checkpoint"]["bytes_by_dtype"] == {"bfloat16": 2 * model.num_parameters()}
+    assert facts["plan"]["bytes_by_transform"] == {"cast": 4 * model.num_parameters()}
+
+
+def test_inspect_shows_what_does_not_fit(run: Any, tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path, "llama")
+    values = tiny.values("llama", num_hidden_layers=3, vocab_size=50)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    status, out, _ = run("inspect", str(tmp_path))
+    assert status == 0
+    assert "MISSING, would be initialised" in out
+    assert "model.layers.2.mlp.up_proj.weight" in out
+    assert "(61, 32), the model expects (50, 32)" in out
+
+
+def test_inspect_plans_70b_for_devices_that_are_not_here(run: Any, tmp_path: Path) -> None:
+    config = loadstone.LlamaConfig(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, max_position_embeddings=8192, dtype="bfloat16",
+    )  # fmt: skip
+    sparse_checkpoint(tmp_path, config, shards=15)
+    budget = ["--device-map", "sequential", "--max-memory", "0=80GB", "1=80GB"]
+    facts = json.loads(run("inspect", str(tmp_path), "--json", *budget)[1])
+    assert facts["parameters"] == 70_553_706_496
+    assert facts["checkpoint"]["bytes_by_dtype"] == {"bfloat16": 2 * 70_553_706_496}
+    assert len(facts["checkpoint"]["bytes_by_file"]) == 15
+    assert set(facts["plan"]["device_map"].values()) == {0, 1}
+    assert facts["plan"]["bytes_by_device"]["cuda:0"] <= 80e9
+    out = run("inspect", str(tmp_path), *budget)[1]
+    assert "70.6 B" in out
+    assert "model.layers.{" in out
+    assert len(out.splitlines()) < 50
+
+
+def test_generate_streams_what_generate_gives(run: Any) -> None:
+    arguments = ("generate", "--prompt", "In the beginning", "--max-new-tokens", "24", "--temperature", "0.8")
+    status, out, err = run(*arguments)
+    facts = json.loads(run(*arguments, "--json")[1])
+    assert status == 0
+    assert out == facts["prompt"] + facts["text"] + "\n"
+    assert "tokens/s" in err
+    assert facts["new_tokens"] == 24
+    assert run(*arguments, "--no-echo")[1] == facts["text"] + "\n"
+    assert run(*arguments, "--seed", "5")[1] != out
+
+
+def test_generate_stops_at_a_text_and_takes_greedy_and_beams(run: Any) -> None:
+    greedy = run("generate", "--prompt", "And the LORD", "--temperature", "0", "--max-new-tokens", "30", "--json")[1]
+    text = json.loads(greedy)["text"]
+    stop = text[5:8]
+    out = run("generate", "--prompt", "And the LORD", "--stop", stop, "--max-new-tokens", "30", "--no-echo")[1]
+    assert out.rstrip("\n").endswith(stop.rstrip("\n"))
+    assert len(out) < len(text)
+    beams = run("generate", "--prompt", "And the LORD", "--num-beams", "3", "--max-new-tokens", "8", "--json")[1]
+    assert json.loads(beams)["new_tokens"] <= 8
+
+
+def test_generate_reads_the_prompt_from_standard_input(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Café".encode())))
+    assert run("generate", "--prompt", "-", "--max-new-tokens", "1")[1].startswith("Café")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
+    status, out, err = run("generate", "--prompt", "-")
+    assert (status, out) == (2, "")
+    assert "not UTF-8" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("inspect", "no/such/directory/"), "no such directory"),
+        (("inspect", "--dtype", "float33"), "float33"),
+        (("inspect", "--device-map", "kuda"), "kuda"),
+        (("inspect", "--device-map", '{"modle": 0}'), "modle"),
+        (("generate", "--prompt", "x", "--top-p", "7"), "top_p"),
+        (("generate", "--prompt", "x", "--attn", "eagre"), "eager"),
+    ],
+)
+def test_bad_input_is_one_line_without_traceback(run: Any, arguments: tuple[str, ...], said: str) -> None:
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("loadstone: error: ")
+    assert err.count("\n") == 1
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("dance",), ("generate",), ("demo", "--steps", "0"), ("inspect", "--max-memory", "20GB"),
+     ("inspect", "--device-map", "{"), ("generate", "--prompt", "x", "--seed", "-1")],
+)  # fmt: skip
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(list(arguments))
+    assert exit_.value.code == 2
+
+
+def test_traceback_on_request_and_unexpected_errors(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(loadstone.errors.NotFoundError):
+        run("inspect", "no/such/directory/", "--traceback")
+    monkeypatch.setattr("loadstone.cli.listing.list_architectures", lambda pattern: 1 / 0)
+    status, _, err = run("list")
+    assert status == 1
+    assert "ZeroDivisionError" in err
+
+
+def test_a_checkpoint_without_tokenizer_is_refused(run: Any, tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path, "gpt2")
+    status, _, err = run("generate", str(tmp_path), "--prompt", "x")
+    assert status == 2
+    assert "tokenizer.json" in err
+
+
+def test_tokenizer_package_is_asked_for(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.checkpoint(tmp_path, "llama")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    status, _, err = run("generate", str(tmp_path), "--prompt", "x")
+    assert status == 2
+    assert "is not a tokenizer" in err
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    status, _, err = run("generate", str(tmp_path), "--prompt", "x")
+    assert status == 2
+    assert "pip install 'loadstone[text]'" in err
+
+
+def test_demo(run: Any, tmp_path: Path) -> None:
+    status, out, _ = run("demo", "--steps", "3", "--keep", str(tmp_path / "kept"))
+    assert status == 0
+    assert "equal bit for bit: yes" in out
+    assert "is unchanged: yes" in out
+    assert json.loads(run("inspect", str(tmp_path / "kept"), "--json")[1])["plan"]["missing"] == []
+
+
+def test_demo_as_json_learns_and_leaves_nothing(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    threads = torch.get_num_threads()
+    facts = json.loads(run("demo", "--steps", "4", "--json")[1])
+    assert facts["losses"][-1] < facts["losses"][0] - 0.2
+    assert facts["before"] != facts["after"]
+    assert facts["reloaded_bit_for_bit"] is True
+    assert facts["embedded_model_untouched"] is True
+    assert list(tmp_path.iterdir()) == []
+    assert torch.get_num_threads() == threads
+
+
+def test_rich_on_a_terminal_plain_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured = _everything(Output(io.StringIO()), rich=True)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    plain = _everything(Output(io.StringIO()), rich=False)
+    for text in (coloured, plain):
+        assert "A [bold]heading[/bold]" in text
+        assert "value" in text
+        assert "\x1b[31m" not in text
+    assert "\x1b[1;36m" in coloured
+    assert "\x1b[1" not in plain
+
+
+def _everything(output: Output, rich: bool) -> str:
+    assert output.rich == rich
+    output.heading("A [bold]heading[/bold]")
+    output.fields([("label", "value")])
+    output.table(["one", "two"], [["1", "2"]])
+    output.progress("half\x1b[31m", last=True)
+    return output.stream.getvalue()  # type: ignore[attr-defined]
+
+
+def test_terminals_get_no_control_characters_from_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    terminal = Output(io.StringIO())
+    terminal.write("a\x1b]0;title\x07b\n\tc")
+    assert terminal.stream.getvalue() == "a\ufffd]0;title\ufffdb\n\tc"  # type: ignore[attr-defined]
+    monkeypatch.delenv("FORCE_COLOR")
+    piped = Output(io.StringIO())
+    piped.write("a\x1bb")
+    assert piped.stream.getvalue() == "a\x1bb"  # type: ignore[attr-defined]
+
+
+def test_small_displays() -> None:
+    assert sparkline([]) == ""
+    assert sparkline([2.0, 2.0]) == "▁▁"
+    assert sparkline([3.0, 2.0, 1.0]) == "█▅▁"
+    assert len(sparkline([float(i) for i in range(1000)], width=40)) == 40
+    assert [count(n) for n in (7, 1500, 1_179_360, 70_553_706_496)] == ["7", "1.5 k", "1.18 M", "70.6 B"]
