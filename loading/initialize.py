@@ -39,12 +39,16 @@ def initialize_missing(
         slot.put(nn.Parameter(blank, requires_grad=slot.tensor.requires_grad) if slot.is_parameter else blank)
     with torch.no_grad():
         for path, module in _concerned(model, names):
+            own = set(module._parameters)
             try:
                 initialize(module)
             except Exception as error:
                 raise InitializationError(
                     f"initialising {path!r} ({type(module).__name__}) failed: {type(error).__name__}: {error}"
                 ) from error
+            for added in set(module._parameters) - own:
+                del module._parameters[added]
+                raise InitializationError(f"initialising replaced {path!r} by a module with a weight {added!r} more")
     for name, slot in slots.items():  # persistent buffers that a file lacks
         if not slot.is_parameter and callable(getattr(slot.module, "reset_buffers", None)):
             _reset(name.rpartition(".")[0], slot.module, placement.device_of(name))

@@ -234,7 +234,8 @@ class CausalLM(nn.Module):
         )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Upload weights, configuration and a model card to the Hub; keywords as in `loading.upload.push_to_hub`."""
+        """Upload weights, configuration and a model card to the Hub; ``max_shard_size`` and ``variant`` as for
+        `save_pretrained`, other keywords as in `loading.upload.push_directory`."""
         return pretrained.push_to_hub(self, repo_id, **kwargs)
 
     # Weights

@@ -251,7 +251,6 @@ class PreTrainedConfig:
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.to_dict() == other.to_dict()  # type: ignore[attr-defined]
 
-
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}"
 

@@ -242,7 +242,7 @@ def save_pretrained(
         from ..loading.upload import push_directory
 
         repo_id = push_kwargs.pop("repo_id", None) or Path(save_directory).resolve().name
-        push_directory(save_directory, repo_id, token=token, **push_kwargs)
+        push_directory(save_directory, repo_id, token=token, variant=variant, **push_kwargs)
 
 
 def _texts(model: CausalLM) -> dict[str, str]:
@@ -253,12 +253,14 @@ def _texts(model: CausalLM) -> dict[str, str]:
     return {"config.json": config.to_json_string(), "generation_config.json": model.generation_config.to_json_string()}
 
 
-def push_to_hub(model: CausalLM, repo_id: str, *, max_shard_size: int | str = "50GB", **kwargs: Any) -> Any:
+def push_to_hub(
+    model: CausalLM, repo_id: str, *, max_shard_size: int | str = "50GB", variant: str | None = None, **kwargs: Any
+) -> Any:
     """See `CausalLM.push_to_hub`."""
     import tempfile
 
     from ..loading.upload import push_directory
 
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        return push_directory(folder, repo_id, **kwargs)
+        model.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant)
+        return push_directory(folder, repo_id, variant=variant, **kwargs)
