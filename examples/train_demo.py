@@ -27,8 +27,7 @@ REFERENCE = re.compile(r"^([0-9]?[A-Za-z]+[0-9]+):[0-9]+ ")
 CARD = """\
 ---
 language: en
-license: other
-license_name: public-domain
+license: apache-2.0
 library_name: loadstone
 pipeline_tag: text-generation
 ---
@@ -59,7 +58,7 @@ bible -f gen1:1-rev22:21 < /dev/null > kjv.txt
 
 ## A sample
 
-Greedy sampling off, temperature 0.7, seed 0, prompt "And it came to pass":
+Temperature 0.7, seed 0, prompt "And it came to pass":
 
 ```
 {sample}
@@ -67,8 +66,8 @@ Greedy sampling off, temperature 0.7, seed 0, prompt "And it came to pass":
 
 ## Licence
 
-The text is in the public domain (in the United Kingdom its printing is subject to a royal patent); the weights are
-dedicated to the public domain as far as that is possible (CC0-1.0).
+The text is in the public domain (in the United Kingdom its printing is subject to a royal patent). The weights come
+under the licence of loadstone, Apache-2.0.
 """
 
 
@@ -128,7 +127,7 @@ def build(args: argparse.Namespace, tokenizer: ByteTokenizer) -> LlamaForCausalL
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
         num_key_value_heads=args.kv_heads,
-        max_position_embeddings=2 * args.context,
+        max_position_embeddings=args.context,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -177,7 +176,7 @@ def describe(model: LlamaForCausalLM, args: argparse.Namespace, sizes: tuple[int
     prompt = torch.tensor([tokenizer.encode("And it came to pass")])
     model.eval()
     sampled = model.generate(
-        prompt, max_new_tokens=400, do_sample=True, temperature=0.7, generator=torch.Generator().manual_seed(0)
+        prompt, max_new_tokens=230, do_sample=True, temperature=0.7, generator=torch.Generator().manual_seed(0)
     )
     config = model.config
     options = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in ("steps", "batch", "lr", "seed"))

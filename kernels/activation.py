@@ -80,7 +80,7 @@ def gated(name: str, gate: Tensor, up: Tensor) -> Tensor:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate).mul_(up)
 
     @staticmethod
@@ -89,7 +89,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
         return grad_gate, F.silu(gate).mul_(grad)

@@ -56,7 +56,7 @@ class _CrossEntropySum(torch.autograd.Function):
     """Summed cross-entropy of logits (tokens, vocab) against targets (tokens,), and log-sum-exp (tokens, 1), fp32."""
 
     @staticmethod
-    def forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         counted = targets != ignore_index
         safe = torch.where(counted, targets, 0)
         chosen = logits.gather(1, safe[:, None]).float()
@@ -78,7 +78,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
         logits, targets, log_sum = ctx.saved_tensors
         counted = targets != ctx.ignore_index
         safe = torch.where(counted, targets, 0)[:, None]

@@ -31,7 +31,7 @@ def _normalise(hidden_states: Tensor, inverse_rms: Tensor) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(hidden_states: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(hidden_states: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         inverse_rms = _inverse_rms(hidden_states, eps)
         return weight * _normalise(hidden_states, inverse_rms), inverse_rms
 
@@ -42,7 +42,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None]:
         hidden_states, weight, inverse_rms = ctx.saved_tensors
         normed = hidden_states.float() * inverse_rms
         grad_input = grad_weight = None

@@ -87,6 +87,7 @@ def write_safetensors(
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()
 
 

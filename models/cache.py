@@ -71,6 +71,7 @@ class Cache:
 
     @property
     def is_sliding(self) -> list[bool]:
+        """For each layer, whether it keeps a window only."""
         return [layer.is_sliding for layer in self.layers]
 
     @property

@@ -70,10 +70,20 @@ class PreTrainedConfig:
                     field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
                 )
         for name, value in values.items():
-            setattr(self, name, value)
+            self._keep_unknown(name, value)
         state["_attn_implementation"] = attn
         self.__post_init__()
         self.validate()
+
+    def _keep_unknown(self, name: str, value: Any) -> None:
+        """Hold a field of a file that the class does not declare; it may not stand in for a method."""
+        of_class = getattr(type(self), name, None)
+        if isinstance(of_class, property):
+            self.__dict__[name] = value  # written back, while reading gives what the property computes
+        elif of_class is not None and not name.startswith("_"):
+            raise ConfigError(f"{type(self).__name__} has an attribute {name!r} that is no field; rename the field")
+        else:
+            setattr(self, name, value)
 
     def __post_init__(self) -> None:
         """Fill in fields derived from others. Subclasses extend it."""
@@ -93,6 +103,11 @@ class PreTrainedConfig:
         if current.get("dtype") is not None:
             current["dtype"] = parse_dtype(current["dtype"], where=f"{cls.__name__}.dtype")
         return current
+
+    @classmethod
+    def _override(cls, values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+        """``values``, in today's spelling, with a caller's changes, in any."""
+        return {**values, **cls._current_spelling(changes)}
 
     @classmethod
     def _annotations(cls) -> dict[str, tuple[Any, Any]]:
@@ -152,7 +167,7 @@ class PreTrainedConfig:
         """
         values = cls._current_spelling(config_dict)
         known = {name for name in kwargs if cls.has_field(name) or name in values or name == "attn_implementation"}
-        values.update(cls._current_spelling({name: kwargs[name] for name in known if name != "attn_implementation"}))
+        values = cls._override(values, {name: kwargs[name] for name in known if name != "attn_implementation"})
         if "attn_implementation" in kwargs:
             values["attn_implementation"] = kwargs["attn_implementation"]
         config = cls(**values)
@@ -197,6 +212,8 @@ class PreTrainedConfig:
 
         Raises NotFoundError if there is none, ConfigError if it is malformed or of another ``model_type``.
         """
+        from ..loading.source import Source
+
         hub = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
         values = cls.get_config_dict(
             pretrained_model_name_or_path, **hub, token=token, revision=revision, subfolder=subfolder
@@ -207,9 +224,8 @@ class PreTrainedConfig:
                 f"{pretrained_model_name_or_path} is a model of type {given!r}, {cls.__name__} is for "
                 f"{cls.model_type!r}; use AutoConfig, or the class for {given!r}"
             )
-        kwargs.setdefault(
-            "name_or_path", str(getattr(pretrained_model_name_or_path, "name", None) or pretrained_model_name_or_path)
-        )
+        given_name = pretrained_model_name_or_path
+        kwargs.setdefault("name_or_path", given_name.name if isinstance(given_name, Source) else str(given_name))
         return cls.from_dict(values, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     # Writing
@@ -249,7 +265,7 @@ class PreTrainedConfig:
             setattr(self, name, value)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.to_dict() == other.to_dict()  # type: ignore[attr-defined]
+        return type(self) is type(other) and self.to_dict() == other.to_dict()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}"

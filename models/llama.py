@@ -18,7 +18,9 @@ from .configuration import PreTrainedConfig
 from .decoder import Decoder
 from .fields import ranged
 from .layers import Embedding, Linear, RMSNorm, padding_index
-from .rope import RotaryEmbedding, check_rope_parameters, standard_rope_parameters
+from .rope import RotaryEmbedding, check_rope_parameters, replace_rope, standard_rope_parameters
+
+_OLD_ROPE = ("rope_theta", "rope_scaling")
 
 
 class LlamaConfig(PreTrainedConfig):
@@ -48,6 +50,19 @@ class LlamaConfig(PreTrainedConfig):
     def _current_spelling(cls, values: Any) -> dict[str, Any]:
         return standard_rope_parameters(super()._current_spelling(values))
 
+    @classmethod
+    def has_field(cls, name: str) -> bool:
+        """As `PreTrainedConfig.has_field`; the older rope_theta and rope_scaling count."""
+        return name in _OLD_ROPE or super().has_field(name)
+
+    @classmethod
+    def _override(cls, values: Any, changes: Any) -> dict[str, Any]:
+        old = {name: changes[name] for name in _OLD_ROPE if name in changes}
+        rest = {name: value for name, value in changes.items() if name not in old}
+        if old and "rope_parameters" not in rest:
+            rest["rope_parameters"] = replace_rope(values.get("rope_parameters"), **old)
+        return super()._override(values, rest)
+
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -69,16 +84,30 @@ class LlamaConfig(PreTrainedConfig):
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
 
+    def _change_rope(self, **old: Any) -> None:
+        parameters = replace_rope(self.rope_parameters, **old)
+        assert self.head_dim is not None
+        check_rope_parameters(parameters, self.head_dim, self.max_position_embeddings)
+        self.rope_parameters = parameters
+
     @property
     def rope_theta(self) -> float:
         """The base of the rotary frequencies, as older configurations spell it."""
         return (self.rope_parameters or {})["rope_theta"]
+
+    @rope_theta.setter
+    def rope_theta(self, value: float) -> None:
+        self._change_rope(rope_theta=value)
 
     @property
     def rope_scaling(self) -> dict[str, Any] | None:
         """``rope_parameters`` under its older name; None for the default type."""
         parameters = self.rope_parameters or {}
         return None if parameters["rope_type"] == "default" else parameters
+
+    @rope_scaling.setter
+    def rope_scaling(self, value: dict[str, Any] | None) -> None:
+        self._change_rope(rope_scaling=value)
 
 
 class LlamaAttention(nn.Module):

@@ -59,8 +59,8 @@ class ModelOutput(OrderedDict):
         return type(self), tuple(getattr(self, f.name) for f in dataclasses.fields(self))  # type: ignore[arg-type]
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The fields that are not None, in order."""
-        return tuple(self.values())
+        """The fields that are not None, in the order of their declaration, whenever they were set."""
+        return tuple(self[f.name] for f in dataclasses.fields(self) if f.name in self)  # type: ignore[arg-type]
 
 
 class BaseModelOutputWithPast(ModelOutput):

@@ -28,7 +28,8 @@ _NEEDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 _POSITIVE = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
-             "attention_factor", "original_max_position_embeddings")  # fmt: skip
+             "attention_factor", "original_max_position_embeddings", "mscale", "mscale_all_dim")  # fmt: skip
+_LARGEST = 1e18  # beyond it powers of these numbers overflow
 
 
 def standard_rope_parameters(values: dict[str, Any], default_theta: float = 10000.0) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def standard_rope_parameters(values: dict[str, Any], default_theta: float = 1000
 
     values: configuration fields by name; consumed spellings are removed. Returns the same dictionary.
     """
-    present = [name for name in ("rope_parameters", "rope_scaling", "rope_theta") if name in values]
+    present = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"} & values.keys()
     if not present:
         return values
     theta = values.pop("rope_theta", None)
@@ -50,8 +51,20 @@ def standard_rope_parameters(values: dict[str, Any], default_theta: float = 1000
     if merged["rope_type"] in ("su", "mrope"):
         merged["rope_type"] = {"su": "longrope"}.get(merged["rope_type"], merged["rope_type"])
     merged.setdefault("rope_theta", default_theta if theta is None else theta)
+    if (partial := values.pop("partial_rotary_factor", None)) is not None:
+        merged.setdefault("partial_rotary_factor", partial)
     values["rope_parameters"] = merged
     return values
+
+
+def replace_rope(held: dict[str, Any] | None, **old: Any) -> dict[str, Any]:
+    """``rope_parameters`` with the part replaced that an older name stands for: ``rope_theta=``, ``rope_scaling=``."""
+    kept = dict(held or {})
+    values = {"rope_theta": old.get("rope_theta", kept.get("rope_theta"))}
+    values["rope_parameters"] = old["rope_scaling"] if "rope_scaling" in old else kept
+    if "rope_theta" in old and isinstance(values["rope_parameters"], dict):
+        values["rope_parameters"] = {k: v for k, v in values["rope_parameters"].items() if k != "rope_theta"}
+    return standard_rope_parameters(values)["rope_parameters"]
 
 
 def check_rope_parameters(parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> None:
@@ -59,7 +72,7 @@ def check_rope_parameters(parameters: dict[str, Any], head_dim: int, max_positio
     parameters.setdefault("rope_type", "default")
     parameters.setdefault("rope_theta", 10000.0)
     kind = parameters["rope_type"]
-    if kind not in _NEEDS:
+    if not isinstance(kind, str) or kind not in _NEEDS:
         hint = nearest(kind, _NEEDS) if isinstance(kind, str) else ""
         raise ConfigError(f"rope_type {kind!r} is not known{hint} known: {', '.join(_NEEDS)}")
     if kind in ("yarn", "longrope", "llama3"):
@@ -73,14 +86,24 @@ def check_rope_parameters(parameters: dict[str, Any], head_dim: int, max_positio
         value = parameters.get(name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST:
             raise ConfigError(f"rope_parameters[{name!r}] must be a positive number, got {value!r}")
     rotary_dim = _rotary_dim(parameters, head_dim)
     if rotary_dim % 2 or rotary_dim < 2:
         raise ConfigError(f"rotary embeddings need an even head_dim, got {rotary_dim}")
-    for name in ("short_factor", "long_factor"):
-        if kind == "longrope":
+    if kind == "longrope":
+        for name in ("short_factor", "long_factor"):
             _check_factors(name, parameters[name], rotary_dim // 2)
+        if parameters["original_max_position_embeddings"] <= 1:
+            raise ConfigError("rope_parameters: longrope needs original_max_position_embeddings above 1")
+    if kind == "dynamic" and rotary_dim == 2:
+        raise ConfigError(
+            "rope_type 'dynamic' has no meaning for head_dim=2: its one frequency does not depend on theta"
+        )
+    if kind == "yarn" and parameters["rope_theta"] <= 1:
+        raise ConfigError(f"rope_parameters: yarn needs rope_theta above 1, got {parameters['rope_theta']}")
+    if kind == "yarn" and not isinstance(parameters.get("truncate", True), bool):
+        raise ConfigError(f"rope_parameters['truncate'] must be true or false, got {parameters['truncate']!r}")
     if kind == "llama3" and parameters["high_freq_factor"] <= parameters["low_freq_factor"]:
         raise ConfigError("rope_parameters: high_freq_factor must be greater than low_freq_factor")
 
@@ -94,8 +117,8 @@ def _check_factors(name: str, values: Any, length: int) -> None:
 
 
 def _rotary_dim(parameters: dict[str, Any], head_dim: int) -> int:
-    factor = parameters.get("partial_rotary_factor", 1.0)
-    if factor != 1.0:
+    factor = parameters.get("partial_rotary_factor")
+    if factor not in (None, 1.0):
         raise ConfigError(f"partial_rotary_factor={factor!r} is not supported: all of head_dim is rotated")
     return head_dim
 

@@ -172,6 +172,8 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     with _lock:
         rows = list(_table.values())
     for candidate in type(config).__mro__:
+        if getattr(candidate, "model_type", None) != config.model_type:
+            break  # the parents of a type of its own are another architecture
         for row in rows:
             same = (
                 row.config is candidate

@@ -89,7 +89,7 @@ def test_list_says_when_nothing_matches(run: Any) -> None:
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_inspect_agrees_with_the_loaded_model(run: Any, tmp_path: Path, kind: str) -> None:
-    model = tiny.checkpoint(tmp_path, kind, dtype=torch.bfloat16)
+    model = tiny.checkpoint(tmp_path, kind, stored=torch.bfloat16)
     facts = json.loads(run("inspect", str(tmp_path), "--json", "--dtype", "float32")[1])
     assert facts["parameters"] == model.num_parameters()
     assert facts["model_class"] == type(model).__name__

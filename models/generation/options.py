@@ -108,6 +108,7 @@ class Options:
 
 
 def warn_once(message: str) -> None:
+    """Log a warning the first time it is given."""
     if message not in _warned:
         _warned.add(message)
         logger.warning(message)

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-
-import tiny
 
 transformers = pytest.importorskip("transformers", reason="transformers, the peer, is not installed (extra: test)")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from parity import peers
 from parity.peers import Case, relative, transformers
 
-import tiny
 from loadstone import DynamicCache
 from loadstone.errors import ArgumentError, AttentionError
 

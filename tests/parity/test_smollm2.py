@@ -91,9 +91,7 @@ def exact_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def chat(question: str) -> str:
     """One turn in the form the model was tuned on."""
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    return (
-        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    )
+    return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_tokenizer_round_trip(tokenizer: Any) -> None:
