@@ -76,14 +76,20 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def race(
-    module: str, name: str, work: dict[str, Any], *, rounds: int, sides: tuple[str, str] = ("loadstone", "transformers")
+    module: str,
+    name: str,
+    work: dict[str, Any],
+    *,
+    rounds: int,
+    uncounted: int = 1,
+    sides: tuple[str, str] = ("loadstone", "transformers"),
 ) -> dict[str, Any]:
-    """Run both sides in turn, ``rounds`` times after one round that does not count; one row of results."""
+    """Run both sides in turn, ``rounds`` times after ``uncounted`` rounds to warm up; one row of results."""
     seen: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for turn in range(rounds + 1):
+    for turn in range(rounds + uncounted):
         for side in sides if turn % 2 else sides[::-1]:
             figures = _child(module, side, work)
-            if turn:
+            if turn >= uncounted:
                 seen[side].append(figures)
     ours, peers = (seen[side] for side in sides)
     row: dict[str, Any] = {"row": name, "work": work, "rounds": rounds}

@@ -89,13 +89,13 @@ class Populator:
         if self.small_pages:
             advise(tensor, NOHUGEPAGE, inside=True)
             advise(tensor, POPULATE_WRITE, inside=False)
-        elif tensor.nbytes != HUGE:
+        elif tensor.nbytes < HUGE:
             advise(tensor, POPULATE_WRITE, inside=False)
         else:
             began = time.thread_time()
             advise(tensor, POPULATE_WRITE, inside=False)
             self._spent += time.thread_time() - began
-            self._tried += 1
+            self._tried += tensor.nbytes // HUGE
             if self._tried >= self.TRIALS:
                 self.small_pages = self._spent > self._tried * self.SLOW
                 self._tried, self._spent = 0, 0.0

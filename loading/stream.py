@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,7 @@ from .plan import Move, Plan
 
 logger = logging.getLogger("loadstone.loading")
 
-PIECE = HUGE  # bytes of destination that a thread populates, fills and leaves behind at a time
-BLOCK = 32_704  # elements a call: in cache, and just under where torch would start threads of its own
+PIECE = 2 * HUGE  # bytes of destination that a thread populates, fills and leaves behind at a time
 MAX_THREADS = 4
 
 Watch = Callable[[int], None]
@@ -125,8 +125,7 @@ def _fill(moves: Sequence[Move], tensors: Sequence[torch.Tensor], files: Files, 
         target, source = flat[begin:end], files.flat(entry, begin, end)
         advise(source, POPULATE_READ, inside=False)
         populate(target)
-        for part, block in zip(target.split(BLOCK), source.split(BLOCK), strict=True):
-            part.copy_(block)
+        target.copy_(source)
         if entry.offset % entry.dtype.itemsize == 0:  # else ``source`` is no part of the mapping
             advise(source, DONTNEED, inside=True)
         return source.nbytes
@@ -135,7 +134,22 @@ def _fill(moves: Sequence[Move], tensors: Sequence[torch.Tensor], files: Files, 
     for path in dict.fromkeys(move.entry.file for move in moves):
         files.raw(path, 0, 0)  # map here: workers only look it up
     work = sum(tensor.nbytes for tensor in tensors)
-    run_all(pieces(), fill, threads=min(MAX_THREADS, _cores(), -(-work // (4 * PIECE))), watch=watch)
+    with _one_thread_each():
+        run_all(pieces(), fill, threads=min(MAX_THREADS, _cores(), -(-work // (4 * PIECE))), watch=watch)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Torch's own threads off meanwhile: each of ours fills a piece alone, so that none waits for the slowest.
+
+    The setting is torch's global one; it is put back, and threads that already run keep theirs.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_all(
@@ -163,7 +177,11 @@ def run_all(
         except BaseException as error:  # raised again below, in the caller's thread
             failures.append(error)
 
-    helpers = [threading.Thread(target=work, name="loadstone-load", daemon=True) for _ in range(threads - 1)]
+    def help_out() -> None:
+        torch.set_num_threads(1)  # the setting is also one of each thread
+        work()
+
+    helpers = [threading.Thread(target=help_out, name="loadstone-load", daemon=True) for _ in range(threads - 1)]
     for helper in helpers:
         helper.start()
     work()

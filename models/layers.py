@@ -13,6 +13,13 @@ from .. import kernels
 class Linear(nn.Linear):
     """A linear layer that leaves its initialisation to the model it is part of."""
 
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        # What nn.Linear does, without its checks by name: a model has hundreds, and building one is most of loading it.
+        nn.Module.__init__(self)
+        self.__dict__.update(in_features=in_features, out_features=out_features)
+        self._parameters["weight"] = nn.Parameter(torch.empty(out_features, in_features))
+        self._parameters["bias"] = nn.Parameter(torch.empty(out_features)) if bias else None
+
     def reset_parameters(self) -> None:
         """Nothing: `CausalLM` initialises or loads every parameter, values drawn here would be thrown away."""
 

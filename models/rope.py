@@ -61,7 +61,7 @@ def replace_rope(held: dict[str, Any] | None, **old: Any) -> dict[str, Any]:
     """``rope_parameters`` with the part replaced that an older name stands for: ``rope_theta=``, ``rope_scaling=``."""
     kept = dict(held or {})
     values = {"rope_theta": old.get("rope_theta", kept.get("rope_theta"))}
-    values["rope_parameters"] = old["rope_scaling"] if "rope_scaling" in old else kept
+    values["rope_parameters"] = old.get("rope_scaling", kept)
     if "rope_theta" in old and isinstance(values["rope_parameters"], dict):
         values["rope_parameters"] = {k: v for k, v in values["rope_parameters"].items() if k != "rope_theta"}
     return standard_rope_parameters(values)["rope_parameters"]
@@ -69,14 +69,16 @@ def replace_rope(held: dict[str, Any] | None, **old: Any) -> dict[str, Any]:
 
 def check_rope_parameters(parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> None:
     """Complete ``parameters`` in place and raise ConfigError for an unknown type or a missing or bad value."""
-    parameters.setdefault("rope_type", "default")
-    parameters.setdefault("rope_theta", 10000.0)
+    defaults: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+    if parameters.get("rope_type") in ("yarn", "longrope", "llama3"):
+        defaults["original_max_position_embeddings"] = max_position_embeddings
+    for name, value in defaults.items():
+        if parameters.get(name) is None:
+            parameters[name] = value
     kind = parameters["rope_type"]
     if not isinstance(kind, str) or kind not in _NEEDS:
         hint = nearest(kind, _NEEDS) if isinstance(kind, str) else ""
         raise ConfigError(f"rope_type {kind!r} is not known{hint} known: {', '.join(_NEEDS)}")
-    if kind in ("yarn", "longrope", "llama3"):
-        parameters.setdefault("original_max_position_embeddings", max_position_embeddings)
     missing = [name for name in _NEEDS[kind] if parameters.get(name) is None]
     if kind == "yarn" and missing == ["factor"]:  # the ratio of the lengths stands in
         missing = []

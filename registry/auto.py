@@ -130,7 +130,11 @@ class AutoModelForCausalLM:
             MissingWeightsError for the weights; DeviceMapError; ArgumentError (a TypeError) for an unknown keyword.
             All before a byte of weights is read; no half-built model is left.
         """
-        hub: dict[str, Any] = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
+        hub: dict[str, Any] = {
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+        }
         source = resolve_source(
             pretrained_model_name_or_path, **hub, token=token, revision=revision, subfolder=subfolder
         )

@@ -256,10 +256,12 @@ def test_rope_that_is_accepted_works(kind: str, entry: dict[str, Any]) -> None:
     try:
         config = tiny.CONFIGS[kind].from_dict(tiny.values(kind, rope_parameters=entry))
     except ConfigError as error:
-        assert "rope" in str(error) or "rotary" in str(error)
+        message = str(error)
+    else:
+        model = tiny.MODELS[kind](config).eval()
+        assert torch.isfinite(model(torch.arange(40)[None]).logits).all()
         return
-    model = tiny.MODELS[kind](config).eval()
-    assert torch.isfinite(model(torch.arange(40)[None]).logits).all()
+    assert "rope" in message or "rotary" in message
 
 
 @pytest.mark.parametrize(
@@ -300,9 +302,8 @@ def test_from_a_file_or_a_directory(tmp_path: Path) -> None:
             assert config.name_or_path == str(place)
     (directory / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(tiny.values("llama")).encode())
     assert LlamaConfig.from_pretrained(directory).hidden_size == 32  # a byte-order mark is no content
-    nested = write(tmp_path / "sub" if (tmp_path / "sub").mkdir() else tmp_path / "sub", tiny.values("gpt2"))
+    write(tmp_path / "sub", tiny.values("gpt2"))
     assert AutoConfig.from_pretrained(tmp_path, subfolder="sub").n_embd == 32
-    assert nested.name == "sub"
 
 
 def test_overrides_and_unused_arguments(tmp_path: Path) -> None:
@@ -352,7 +353,7 @@ def test_saving(tmp_path: Path) -> None:
     before = (tmp_path / "new" / "deep" / "config.json").read_text()
     for bad in (object(), float("nan"), {1: {2}}):
         config.a_field = bad
-        with pytest.raises(ConfigError, match="config.json"):
+        with pytest.raises(ConfigError, match=r"config\.json"):
             config.save_pretrained(tmp_path / "new" / "deep")
     assert (tmp_path / "new" / "deep" / "config.json").read_text() == before
 

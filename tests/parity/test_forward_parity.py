@@ -56,7 +56,7 @@ def test_logits(kind: str, implementation: str, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_rope_types(rope_type: str, implementation: str, data: st.DataObject) -> None:
     case = data.draw(peers.cases("llama", rope_type))
-    mine, peer = case.pair(implementation)
+    mine, _ = case.pair(implementation)
     longest = case.values["max_position_embeddings"]
     for length in (5, longest + 3, 7):  # beyond the trained length and back: no state is carried over
         ids = peers.tokens(case.seed, 1, length)

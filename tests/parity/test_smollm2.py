@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,11 @@ def tokenizer(directory: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def models(directory: Path) -> Iterator[tuple[Any, Any]]:
+def models(directory: Path) -> tuple[Any, Any]:
     """(ours, the peer's), in fp32."""
     mine = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     peer = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    yield mine, peer
+    return mine, peer
 
 
 def prompt(tokenizer: Any, text: str) -> torch.Tensor:
