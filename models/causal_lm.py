@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import ArgumentError, AttentionError, ConfigError, nearest
+from ..loading.collector import collector_paused
 from . import pretrained
 from .configuration import PreTrainedConfig
 from .outputs import CausalLMOutputWithPast, keep_positions
@@ -189,7 +190,7 @@ class CausalLM(nn.Module):
     @classmethod
     def from_pretrained(cls: type[_Model], pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint; see `AutoModelForCausalLM.from_pretrained` for the arguments."""
-        with pretrained.collector_paused():
+        with collector_paused():
             return pretrained.load_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod

@@ -7,10 +7,8 @@ nothing is allocated, before every argument, name and shape is known to be right
 from __future__ import annotations
 
 import copy
-import gc
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -162,18 +160,6 @@ def build_on_meta(cls: type[_Model], config: PreTrainedConfig) -> _Model:
     """The module tree with every parameter on the meta device, floating-point ones in ``config.dtype``."""
     with MetaBuild(config.dtype or torch.get_default_dtype()):
         return cls(config)
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Building makes thousands of objects and no garbage; a pass over all of torch's would double the time."""
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            gc.enable()
 
 
 def build_from_config(

@@ -172,9 +172,9 @@ def _yarn(p: dict[str, Any], dim: int, longest: int, length: int | Tensor | None
     if low == high:
         high += 0.001
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    extrapolated = _base_frequencies(theta, dim)
+    powers = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     keep = 1 - ramp
-    return extrapolated / factor * (1 - keep) + extrapolated * keep, float(scaling)
+    return 1.0 / (factor * powers) * (1 - keep) + 1.0 / powers * keep, float(scaling)
 
 
 def _longrope(p: dict[str, Any], dim: int, longest: int, length: int | Tensor | None) -> tuple[Tensor, float]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from ..errors import ArgumentError, ConfigError, RemoteCodeRefused, UnsupportedModelError
+from ..loading.collector import collector_paused
 from ..loading.source import Source, resolve_source
 from . import table
 
@@ -138,29 +139,30 @@ class AutoModelForCausalLM:
         source = resolve_source(
             pretrained_model_name_or_path, **hub, token=token, revision=revision, subfolder=subfolder
         )
-        model_class = cls._class_for(source, config, hub, token, trust_remote_code)
-        return model_class.from_pretrained(
-            source,
-            *model_args,
-            config=config,
-            dtype=dtype,
-            torch_dtype=torch_dtype,
-            device_map=device_map,
-            max_memory=max_memory,
-            attn_implementation=attn_implementation,
-            quantization_config=quantization_config,
-            variant=variant,
-            use_safetensors=use_safetensors,
-            key_mapping=key_mapping,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-            strict=strict,
-            output_loading_info=output_loading_info,
-            generation_config=generation_config,
-            trust_remote_code=trust_remote_code,
-            code_revision=code_revision,
-            progress=progress,
-            **kwargs,
-        )
+        with collector_paused():
+            model_class = cls._class_for(source, config, hub, token, trust_remote_code)
+            return model_class.from_pretrained(
+                source,
+                *model_args,
+                config=config,
+                dtype=dtype,
+                torch_dtype=torch_dtype,
+                device_map=device_map,
+                max_memory=max_memory,
+                attn_implementation=attn_implementation,
+                quantization_config=quantization_config,
+                variant=variant,
+                use_safetensors=use_safetensors,
+                key_mapping=key_mapping,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                strict=strict,
+                output_loading_info=output_loading_info,
+                generation_config=generation_config,
+                trust_remote_code=trust_remote_code,
+                code_revision=code_revision,
+                progress=progress,
+                **kwargs,
+            )
 
     @staticmethod
     def _class_for(

@@ -186,7 +186,11 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 
 def gradient_gap(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """The largest relative difference; gradients that vanish by symmetry are measured against the others."""
+    """The largest relative difference of a parameter's gradient.
+
+    Gradients that vanish, or nearly, are measured against a tenth of the largest: against less, a tolerance of 1e-5
+    would be one unit in the last place of fp32, which the peer's own two backends do not keep.
+    """
     assert ours.keys() == theirs.keys()
     largest = max(float(g.abs().max()) for g in theirs.values())
-    return max(relative(ours[name], theirs[name], floor=0.01 * largest) for name in theirs)
+    return max(relative(ours[name], theirs[name], floor=0.1 * largest) for name in theirs)
