@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,10 @@ def test_make_targets_in_the_documents_exist() -> None:
     for document in DOCUMENTS:
         for target in re.findall(r"^make (\w+)", document.read_text(encoding="utf-8"), re.MULTILINE):
             assert target in targets
+
+
+def test_figures_in_the_readme_are_those_of_the_results() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.table", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"run python -m benchmarks.table {done.stderr}"

@@ -70,7 +70,7 @@ def test_nothing_to_learn_from(kind: str) -> None:
     ids = peers.tokens(0, 1, 5)
     labels = torch.full_like(ids, -100)
     assert torch.isnan(mine(ids, labels=labels).loss).equal(torch.isnan(peer(ids, labels=labels).loss))
-    assert float(mine(ids, labels=labels, num_items_in_batch=3).loss) == 0
+    assert mine(ids, labels=labels, num_items_in_batch=3).loss.item() == 0
 
 
 @kinds

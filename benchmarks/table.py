@@ -1,0 +1,79 @@
+"""Write the README's benchmark section from ``benchmarks/results``: no figure there is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from .harness import RESULTS, ROOT
+
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+NAMES = ("imports", "loading", "forward")
+
+
+def section() -> str:
+    """The section's Markdown."""
+    results = [json.loads((RESULTS / f"{name}.json").read_text()) for name in NAMES]
+    machine, versions = results[1]["machine"], results[1]["versions"]
+    head = (
+        f"Against transformers {versions['transformers']} (torch {versions['torch']}, {machine['cores']} cores, "
+        f"{machine['memory_gb']:.0f} GB, no GPU), each side in fresh processes that take turns, page cache warm; "
+        "medians. A ratio above 1 means that loadstone needs less; beside it the smallest and largest of the rounds."
+    )
+    lines = [
+        head,
+        "",
+        "| work | figure | loadstone | transformers | ratio |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for result in results:
+        for row in result["rows"]:
+            lines += _rows(row)
+    explanation = (
+        "`llama1b` is TinyLlama's shape with random weights in 5 shards, `smollm2` the real SmolLM2-135M-Instruct, "
+        "`gpt2s` GPT-2's smallest shape. Fresh: the first load of a process, with the imports it needs; imported: the "
+        "second. Private memory is anonymous memory, which mapped weights are not. The scripts: "
+        "`python -m benchmarks.imports`, `python -m benchmarks.loading`, `python -m benchmarks.forward`; raw figures "
+        "and charts in `benchmarks/results`."
+    )
+    return "\n".join([*lines, "", explanation])
+
+
+def _rows(row: dict[str, Any]) -> list[str]:
+    if "seconds" in row and isinstance(row["seconds"], list):
+        median = sorted(row["seconds"])[len(row["seconds"]) // 2]
+        return [f"| {row['row']} | s | {median:.3f} | | |"]
+    lines = []
+    for figure, value in row.items():
+        if isinstance(value, dict) and value.get("ratio"):
+            low, high = value["spread"]
+            lines.append(
+                f"| {row['row']} | {figure} | {_number(value['loadstone'])} | {_number(value['transformers'])} "
+                f"| {value['ratio']:.2f} ({low:.2f} to {high:.2f}) |"
+            )
+    return lines
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def updated(text: str) -> str:
+    """The README's text with its section renewed."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{section()}\n{END}{after}"
+
+
+def main() -> None:
+    """Rewrite the README, or with ``--check`` exit with 1 if that would change it."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if "--check" in sys.argv:
+        sys.exit(updated(text) != text)
+    readme.write_text(updated(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
