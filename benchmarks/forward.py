@@ -85,8 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.only in name:
             rows.append(harness.race(__spec__.name, name, {**work, "path": path}, rounds=arguments.rounds, uncounted=0))
             rows[-1]["work"].pop("path")
-    if not arguments.only:
-        harness.write("forward", rows)
+    harness.write("forward", rows, merge=bool(arguments.only))
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def race(
             if turn >= uncounted:
                 seen[side].append(figures)
     ours, peers = (seen[side] for side in sides)
-    row: dict[str, Any] = {"row": name, "work": work, "rounds": rounds}
+    row: dict[str, Any] = {"row": name, "work": work, "rounds": rounds, "commit": commit(), "date": now()}
     for figure in ours[0]:
         ratios = sorted(p[figure] / o[figure] for o, p in zip(ours, peers, strict=True) if o[figure])
         row[figure] = {
@@ -151,12 +151,9 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "missing"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit,
+        "date": now(),
+        "commit": commit(),
         "python": platform.python_version(),
         "versions": versions,
         "machine": {
@@ -167,16 +164,35 @@ def environment() -> dict[str, Any]:
     }
 
 
+def commit() -> str:
+    """The commit that is being measured, marked if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def now() -> str:
+    """The time, UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def _cpu() -> str:
     with open("/proc/cpuinfo") as info:
         return next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
 
 
-def write(name: str, rows: list[dict[str, Any]], **extra: Any) -> Path:
-    """Write ``results/<name>.json``, and a bar chart of the ratios beside it if matplotlib is there."""
+def write(name: str, rows: list[dict[str, Any]], *, merge: bool = False) -> Path:
+    """Write ``results/<name>.json``, and a bar chart of the ratios beside it if matplotlib is there.
+
+    merge: replace rows of the same name in what is there, and leave the others; each row has its own date and commit.
+    """
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"benchmark": name, **environment(), **extra, "rows": rows}, indent=1) + "\n")
+    result = {"benchmark": name, **environment(), "rows": rows}
+    if merge and path.exists():
+        result = json.loads(path.read_text())
+        renewed = {row["row"]: row for row in rows}
+        result["rows"] = rows = [renewed.pop(row["row"], row) for row in result["rows"]] + list(renewed.values())
+    path.write_text(json.dumps(result, indent=1) + "\n")
     _plot(name, rows)
     print(f"written to {path.relative_to(ROOT)}")
     return path
@@ -218,7 +234,7 @@ def main(module: str, description: str, measure: Measure, run: Callable[[argpars
     """Command line of a benchmark; ``--child`` is how it runs itself in a process of its own."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each row (default 5)")
-    parser.add_argument("--only", default="", help="only rows whose name contains this; nothing is written")
+    parser.add_argument("--only", default="", help="only rows whose name contains this, replaced in the results")
     parser.add_argument("--child", nargs=2, metavar=("SIDE", "WORK"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

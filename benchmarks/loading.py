@@ -42,6 +42,8 @@ def measure(side: str, work: dict[str, Any]) -> dict[str, float]:
         logits, _ = harness.timed(lambda: model(ids).logits)
     del model
     gc.collect()
+    for _ in range(2 if "warm" in work else 0):
+        harness.warm_memory(work["warm"])
     with torch.no_grad():
         again, model = harness.timed(lambda: auto.from_pretrained(path, **kwargs))
     return {
@@ -73,9 +75,9 @@ def run(arguments: argparse.Namespace) -> None:
             path = str(works.path_of(work["work"]))
             rows.append(harness.race(__spec__.name, name, {**work, "path": path}, rounds=arguments.rounds))
             rows[-1]["work"].pop("path")
-    rows.append(plan_70b())
-    if not arguments.only:
-        harness.write("loading", rows)
+    if arguments.only in "70B":
+        rows.append(plan_70b())
+    harness.write("loading", rows, merge=bool(arguments.only))
 
 
 if __name__ == "__main__":
