@@ -34,7 +34,7 @@ def measure(side: str, work: dict[str, Any]) -> dict[str, float]:
         importlib.import_module("logging").disable(importlib.import_module("logging").WARNING)
     path, kwargs = work["path"], work.get("kwargs", {})
     ids = torch.arange(16)[None]
-    for _ in range(2 if "warm" in work else 0):
+    for _ in range("warm" in work):
         harness.warm_memory(work["warm"])
     with harness.PrivateMemory() as memory, torch.no_grad():
         imports, auto = harness.timed(lambda: importlib.import_module(side).AutoModelForCausalLM)
@@ -42,7 +42,7 @@ def measure(side: str, work: dict[str, Any]) -> dict[str, float]:
         logits, _ = harness.timed(lambda: model(ids).logits)
     del model
     gc.collect()
-    for _ in range(2 if "warm" in work else 0):
+    for _ in range("warm" in work):
         harness.warm_memory(work["warm"])
     with torch.no_grad():
         again, model = harness.timed(lambda: auto.from_pretrained(path, **kwargs))
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name, work in ROWS:
         if arguments.only in name:
             path = str(works.path_of(work["work"]))
-            rows.append(harness.race(__spec__.name, name, {**work, "path": path}, rounds=arguments.rounds))
+            rows.append(harness.race(__spec__.name, name, {**work, "path": path}, rounds=arguments.rounds, uncounted=0))
             rows[-1]["work"].pop("path")
     if arguments.only in "70B":
         rows.append(plan_70b())
