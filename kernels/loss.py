@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-_CHUNK_NUMBERS = 1 << 22  # logits worked on at a time: they should stay in cache
+_CHUNK_NUMBERS = 1 << 22  # logits worked on at a time: 16 MB in fp32
 
 
 def causal_lm_loss(
@@ -64,7 +64,7 @@ class _CrossEntropySum(torch.autograd.Function):
         chunks = _chunks(logits)
         for start in chunks:
             part = slice(start, start + chunks.step)
-            # the kernel of log_softmax is several times faster than that of logsumexp, and its result stays in cache
+            # the kernel of log_softmax is several times faster than that of logsumexp
             torch.gather(
                 F.log_softmax(logits[part], -1, dtype=torch.float32), 1, safe[part, None], out=log_probability[part]
             )

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from ..errors import ArgumentError, MissingWeightsError, NotFoundError, PathError, RepoIdError, nearest
 
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+"""Keywords of `resolve_source` that matter for a Hub repository."""
+
 _DRIVE = re.compile(r"[A-Za-z]:")
 _REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 _FILE_ENDINGS = (".safetensors", ".json")

@@ -20,6 +20,7 @@ from typing_extensions import dataclass_transform
 
 from ..errors import ConfigError
 from ..kernels import attention_names
+from ..loading.strict_json import parse_json
 from .fields import check_value, dtype_name, parse_dtype, ranged
 
 logger = logging.getLogger("loadstone.models")
@@ -247,17 +248,7 @@ class PreTrainedConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write config.json into the directory, made if need be; an old file stays until the new one is whole."""
-        directory = Path(save_directory)
-        if directory.is_file():
-            raise ConfigError(f"{directory} is a file; save_pretrained needs a directory")
-        text = self.to_json_string()
-        directory.mkdir(parents=True, exist_ok=True)
-        staged = directory / f".config.json.{os.getpid()}"
-        try:
-            staged.write_text(text, encoding="utf-8")
-            os.replace(staged, directory / "config.json")
-        finally:
-            staged.unlink(missing_ok=True)
+        write_config_file(save_directory, "config.json", self.to_json_string())
 
     def update(self, config_dict: Mapping[str, Any]) -> None:
         """Set several attributes."""
@@ -284,10 +275,8 @@ def read_config_file(path: Path, *, limit: int = 32 << 20) -> dict[str, Any]:
     if size > limit:
         raise ConfigError(f"{path} has {size} bytes; a configuration is at most {limit}")
     try:
-        values = json.loads(
-            path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
-        )
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        values = parse_json(path.read_bytes().decode("utf-8-sig"))
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a JSON object, got {type(values).__name__}")
@@ -301,13 +290,18 @@ def read_config_file(path: Path, *, limit: int = 32 << 20) -> dict[str, Any]:
     return values
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} appears twice")
-    return values
+def write_config_file(directory: str | os.PathLike[str], name: str, text: str) -> None:
+    """Write a text file into a directory, made if need be; an old file stays until the new one is whole.
 
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
+    Raises ConfigError if the directory is a file.
+    """
+    directory = Path(directory)
+    if directory.is_file():
+        raise ConfigError(f"{directory} is a file; save_pretrained needs a directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    staged = directory / f".{name}.{os.getpid()}"
+    try:
+        staged.write_text(text, encoding="utf-8")
+        os.replace(staged, directory / name)
+    finally:
+        staged.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from ..errors import ArgumentError, ConfigError, nearest
 from ..kernels import check_attention
 from ..loading.checkpoint import Checkpoint, open_checkpoint
 from ..loading.load import load_into
-from ..loading.source import Source, resolve_source
+from ..loading.source import HUB_ARGUMENTS, Source, resolve_source
 from ..quant import refuse_quantized
 from .configuration import PreTrainedConfig
 from .fields import parse_dtype
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from .causal_lm import CausalLM
 
 _Model = TypeVar("_Model", bound="CausalLM")
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _LOAD_ARGUMENTS = (
     "config", "dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation", "quantization_config",
     "variant", "use_safetensors", "key_mapping", "ignore_mismatched_sizes", "strict", "output_loading_info",
@@ -84,22 +83,29 @@ def load_pretrained(
         checkpoint,
         device_map=device_map,
         max_memory=max_memory,
-        no_split=model._no_split_modules,
         skip_keys=model._skip_keys_device_placement,
-        ties=model.active_ties(),
         key_mapping=key_mapping,
-        base_model_prefix=model.base_model_prefix,
-        ignore_unexpected=model._keys_to_ignore_on_load_unexpected,
-        ignore_missing=model._keys_to_ignore_on_load_missing,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
         strict=strict,
         initialize=model._init_weights,
         progress=progress,
+        **declarations(model),
     )
     model.load_report = report
     model.generation_config = generation_config
     model.eval()
     return (model, report.loading_info()) if output_loading_info else model
+
+
+def declarations(model: CausalLM) -> dict[str, Any]:
+    """What the architecture declares for the plan of a load, as keywords of `make_plan` and `load_into`."""
+    return {
+        "no_split": model._no_split_modules,
+        "ties": model.active_ties(),
+        "base_model_prefix": model.base_model_prefix,
+        "ignore_unexpected": model._keys_to_ignore_on_load_unexpected,
+        "ignore_missing": model._keys_to_ignore_on_load_missing,
+    }
 
 
 def _configuration(

@@ -14,7 +14,7 @@ from ..loading.source import Source
 from ..quant import refuse_quantized
 from .causal_lm import CausalLM
 from .configuration import PreTrainedConfig
-from .pretrained import build_on_meta, choose_dtype
+from .pretrained import build_on_meta, choose_dtype, declarations
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,7 @@ def preview(
         checkpoint,
         device_map=device_map,
         max_memory=max_memory,
-        no_split=model._no_split_modules,
-        ties=model.active_ties(),
-        base_model_prefix=model.base_model_prefix,
-        ignore_unexpected=model._keys_to_ignore_on_load_unexpected,
-        ignore_missing=model._keys_to_ignore_on_load_missing,
         devices_must_exist=False,
+        **declarations(model),
     )
     return Preview(config, model, checkpoint, plan)

@@ -10,14 +10,12 @@ import torch
 
 from ..errors import ArgumentError, ConfigError, RemoteCodeRefused, UnsupportedModelError
 from ..loading.collector import collector_paused
-from ..loading.source import Source, resolve_source
+from ..loading.source import HUB_ARGUMENTS, Source, resolve_source
 from . import table
 
 if TYPE_CHECKING:
     from ..models.causal_lm import CausalLM
     from ..models.configuration import PreTrainedConfig
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class AutoConfig:
@@ -41,7 +39,7 @@ class AutoConfig:
 
         trust_remote_code = kwargs.pop("trust_remote_code", None)
         kwargs.pop("code_revision", None)
-        hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         given = pretrained_model_name_or_path
         if isinstance(given, (str, os.PathLike)) and os.path.isfile(given):
             name, path = str(given), given

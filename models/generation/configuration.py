@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 
 from ...errors import ArgumentError, ConfigError, GenerationError, nearest
-from ..configuration import read_config_file
+from ..configuration import read_config_file, write_config_file
 from ..fields import check_value, ranged
 
 FILE_NAME = "generation_config.json"
@@ -176,17 +176,7 @@ class GenerationConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write generation_config.json; the old file stays until the new one is whole."""
-        directory = Path(save_directory)
-        if directory.is_file():
-            raise ConfigError(f"{directory} is a file; save_pretrained needs a directory")
-        text = self.to_json_string()
-        directory.mkdir(parents=True, exist_ok=True)
-        staged = directory / f".{FILE_NAME}.{os.getpid()}"
-        try:
-            staged.write_text(text, encoding="utf-8")
-            os.replace(staged, directory / FILE_NAME)
-        finally:
-            staged.unlink(missing_ok=True)
+        write_config_file(save_directory, FILE_NAME, self.to_json_string())
 
 
 _annotations: dict[type, dict[str, tuple[Any, Any]]] = {}

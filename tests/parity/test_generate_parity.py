@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import random
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,15 +23,6 @@ from loadstone.models.mistral import MistralConfig, MistralForCausalLM
 transformers = pytest.importorskip("transformers")
 VOCAB, POSITIONS = 41, 64
 FAMILIES = ("llama", "gpt2", "mistral")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Nothing here is large enough to be shared out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @functools.cache
