@@ -100,6 +100,10 @@ class AttentionError(LoadstoneError, ValueError):
     """An attention implementation is unknown, or cannot do what was asked."""
 
 
+class KernelError(LoadstoneError, ValueError):
+    """A kernel is unknown, or cannot run on this device or with these tensors."""
+
+
 class InitializationError(LoadstoneError, RuntimeError):
     """A parameter or buffer would be left with undefined values."""
 

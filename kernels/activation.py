@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .dispatch import AUTO, Kernels, declare, dispatch
+
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -67,15 +69,22 @@ def activation(name: str) -> Activation:
     return _TABLE[name]
 
 
-def gated(name: str, gate: Tensor, up: Tensor) -> Tensor:
+def gated(name: str, gate: Tensor, up: Tensor, *, kernels: Kernels = AUTO) -> Tensor:
     """``activation(name)(gate) * up``, the gate of a GLU (Shazeer 2020, arXiv:2002.05202).
 
-    gate, up: any shape and float dtype, both the same. For "silu" the backward pass keeps only the two inputs, and can
-    be differentiated once.
+    gate, up: any shape and float dtype, both the same. Where the gate is fused ("silu", and in Triton the tanh form of
+    "gelu" too) the backward pass keeps only the two inputs, and can be differentiated once.
     """
+    return dispatch(kernels, "gated", gate, up, name)
+
+
+def _torch_gated(gate: Tensor, up: Tensor, name: str) -> Tensor:
     if _TABLE[name] is F.silu and torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _SwiGLU.apply(gate, up)
     return _TABLE[name](gate) * up
+
+
+declare("gated", _torch_gated, "gate")
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation."""
+"""Norms over the last axis, alone and with the residual add in front of them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,82 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .dispatch import AUTO, Kernels, declare, dispatch
 
-def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
+
+def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float, *, kernels: Kernels = AUTO) -> Tensor:
     """RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), as Llama checkpoints were trained.
 
     hidden_states: (..., hidden_size), any float dtype; statistics in fp32. The normalised value is rounded to the
-    input dtype before ``weight`` (hidden_size,) multiplies it. The backward pass keeps the input and one number per
-    row, and can be differentiated once.
+    input dtype before ``weight`` (hidden_size,) multiplies it; the result has the dtype that the two promote to. The
+    backward pass keeps the input and one number per row, and can be differentiated once.
     """
+    return dispatch(kernels, "rms_norm", hidden_states, weight, eps)
+
+
+def add_rms_norm(
+    hidden_states: Tensor, residual: Tensor, weight: Tensor, eps: float, *, kernels: Kernels = AUTO
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(hidden_states + residual), hidden_states + residual), the sum rounded to the dtype the two promote to.
+
+    hidden_states, residual: (..., hidden_size). weight: (hidden_size,).
+    """
+    return dispatch(kernels, "add_rms_norm", hidden_states, residual, weight, eps)
+
+
+def layer_norm(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, kernels: Kernels = AUTO
+) -> Tensor:
+    """LayerNorm (Ba et al. 2016, arXiv:1607.06450) over the last axis; statistics in fp32.
+
+    hidden_states: (..., hidden_size). weight, bias: (hidden_size,), bias may be None. Result in the input's dtype.
+    """
+    return dispatch(kernels, "layer_norm", hidden_states, weight, bias, eps)
+
+
+def add_layer_norm(
+    hidden_states: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    kernels: Kernels = AUTO,
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(hidden_states + residual), hidden_states + residual); shapes as for `add_rms_norm`."""
+    return dispatch(kernels, "add_layer_norm", hidden_states, residual, weight, bias, eps)
+
+
+def _torch_rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
     if torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(hidden_states, weight, eps)[0]
     if hidden_states.dtype == weight.dtype == torch.float32:  # one kernel; nothing is rounded in between
         return F.rms_norm(hidden_states, weight.shape, weight, eps)
     return weight * _normalise(hidden_states, _inverse_rms(hidden_states, eps))
+
+
+def _torch_add_rms_norm(
+    hidden_states: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = hidden_states + residual
+    return _torch_rms_norm(total, weight, eps), total
+
+
+def _torch_layer_norm(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return F.layer_norm(hidden_states, weight.shape, weight, bias, eps)
+
+
+def _torch_add_layer_norm(
+    hidden_states: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = hidden_states + residual
+    return F.layer_norm(total, weight.shape, weight, bias, eps), total
+
+
+declare("rms_norm", _torch_rms_norm, "norm")
+declare("add_rms_norm", _torch_add_rms_norm, "norm")
+declare("layer_norm", _torch_layer_norm, "norm")
+declare("add_layer_norm", _torch_add_layer_norm, "norm")
 
 
 def _inverse_rms(hidden_states: Tensor, eps: float) -> Tensor:

@@ -19,7 +19,7 @@ from .causal_lm import CausalLM
 from .configuration import PreTrainedConfig
 from .decoder import Decoder
 from .fields import ranged
-from .layers import Conv1D, Embedding, Linear
+from .layers import Conv1D, Embedding, LayerNorm, Linear
 from .outputs import CausalLMOutputWithPast
 
 
@@ -133,9 +133,9 @@ class GPT2Block(nn.Module):
 
     def __init__(self, config: GPT2Config, layer_idx: int) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_1 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = GPT2Attention(config, layer_idx)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_2 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = GPT2MLP(config)
 
     def forward(
@@ -143,8 +143,8 @@ class GPT2Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states: (batch, seq, n_embd) → the same, and the attention weights if asked for."""
         attended, weights = self.attn(self.ln_1(hidden_states), mask, cache, output_attentions)
-        hidden_states = attended + hidden_states
-        return hidden_states + self.mlp(self.ln_2(hidden_states)), weights
+        normed, hidden_states = self.ln_2.after_add(attended, hidden_states)
+        return hidden_states + self.mlp(normed), weights
 
 
 class GPT2Model(Decoder):
@@ -159,7 +159,7 @@ class GPT2Model(Decoder):
         self.wpe = Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(GPT2Block(config, i) for i in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def embed(self, inputs_embeds: Tensor, position_ids: Tensor, length: int | None) -> tuple[Tensor, tuple[Any, ...]]:
         """Add the learned position embeddings. Raises ArgumentError beyond the last learned position."""

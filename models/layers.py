@@ -52,6 +52,8 @@ class Conv1D(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a weight; see `kernels.rms_norm`."""
 
+    kernels: kernels.Kernels = kernels.AUTO
+
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
@@ -59,10 +61,30 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) → the same."""
-        return kernels.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return kernels.rms_norm(hidden_states, self.weight, self.variance_epsilon, kernels=self.kernels)
+
+    def after_add(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of hidden_states + residual, hidden_states + residual), both (..., hidden_size), in one pass."""
+        return kernels.add_rms_norm(hidden_states, residual, self.weight, self.variance_epsilon, kernels=self.kernels)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm over the last axis, by the model's kernels; see `kernels.layer_norm`."""
+
+    kernels: kernels.Kernels = kernels.AUTO
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., hidden_size) → the same."""
+        return kernels.layer_norm(hidden_states, self.weight, self.bias, self.eps, kernels=self.kernels)
+
+    def after_add(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of hidden_states + residual, hidden_states + residual), both (..., hidden_size), in one pass."""
+        return kernels.add_layer_norm(
+            hidden_states, residual, self.weight, self.bias, self.eps, kernels=self.kernels
+        )
 
 
 def padding_index(config: Any) -> int | None:

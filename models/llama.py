@@ -113,6 +113,8 @@ class LlamaConfig(PreTrainedConfig):
 class LlamaAttention(nn.Module):
     """Causal self-attention in which groups of query heads share a key and value head."""
 
+    kernels: kernels.Kernels = kernels.AUTO
+
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
         self.config = config
@@ -141,7 +143,7 @@ class LlamaAttention(nn.Module):
         query = self.q_proj(hidden_states).view(by_head).transpose(1, 2)
         key = self.k_proj(hidden_states).view(by_head).transpose(1, 2)
         value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
-        query, key = kernels.apply_rotary(query, key, *rotary)
+        query, key = kernels.apply_rotary(query, key, *rotary, kernels=self.kernels)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         output, weights = kernels.attention(
@@ -160,6 +162,8 @@ class LlamaAttention(nn.Module):
 class LlamaMLP(nn.Module):
     """Gated MLP: down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
+    kernels: kernels.Kernels = kernels.AUTO
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         bias = getattr(config, "mlp_bias", False)
@@ -170,7 +174,8 @@ class LlamaMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(batch, seq, hidden_size) → the same."""
-        return self.down_proj(kernels.gated(self.act_fn, self.gate_proj(hidden_states), self.up_proj(hidden_states)))
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        return self.down_proj(kernels.gated(self.act_fn, gate, up, kernels=self.kernels))
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -195,8 +200,8 @@ class LlamaDecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states: (batch, seq, hidden_size) → the same, and the attention weights if asked for."""
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), rotary, mask, cache, output_attentions)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
+        normed, hidden_states = self.post_attention_layernorm.after_add(attended, hidden_states)
+        return hidden_states + self.mlp(normed), weights
 
 
 class LlamaModel(Decoder):

@@ -1,0 +1,167 @@
+"""One dispatch: models call operations, and what a model was told decides which implementation runs.
+
+An operation (`rms_norm`, `linear_cross_entropy`, ...) has implementations by name: "torch", the reference that runs
+everywhere, "triton", and what users register. `Kernels` is what a model was told: one name for all operations, or one
+for some of them. "auto" takes Triton on a GPU that can run it, for what the kernel supports, and torch elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import KernelError, RegistrationError, nearest
+from . import support
+
+Supports = Callable[..., "str | None"]
+"""Called with the operation's arguments; why an implementation cannot take them, or None if it can."""
+
+BUILT_IN = ("auto", "torch", "triton")
+
+
+@dataclass(frozen=True)
+class _Implementation:
+    function: Callable[..., Any]
+    supports: Supports | None = None
+
+
+# Operation -> name -> implementation. A Triton implementation is named by its module until it is first wanted, for
+# importing it imports triton.
+_TABLE: dict[str, dict[str, _Implementation]] = {}
+_TRITON_HOMES: dict[str, str] = {}
+
+
+def declare(operation: str, torch_function: Callable[..., Any], triton_home: str | None = None) -> None:
+    """Add an operation. triton_home: the module in `kernels.fused` with a function of the operation's name, and one
+    called ``supports_<operation>``."""
+    _TABLE[operation] = {"torch": _Implementation(torch_function)}
+    if triton_home is not None:
+        _TRITON_HOMES[operation] = triton_home
+
+
+def operations() -> list[str]:
+    """Names of the operations."""
+    return sorted(_TABLE)
+
+
+def kernel_names(operation: str) -> list[str]:
+    """Names of an operation's implementations. Raises KernelError if there is no such operation."""
+    _check_operation(operation)
+    return sorted({*_TABLE[operation], *(["triton"] if operation in _TRITON_HOMES else [])})
+
+
+def register_kernel(
+    operation: str,
+    name: str,
+    function: Callable[..., Any],
+    *,
+    supports: Supports | None = None,
+    exist_ok: bool = False,
+) -> None:
+    """Add an implementation of an operation, to be chosen by name like a built-in one.
+
+    operation: one of `operations`. function: takes what the operation takes, without ``kernels``, and returns the same.
+    supports: called with the same arguments; a reason why the function cannot take them, or None.
+    Raises KernelError for an unknown operation, RegistrationError if the name is taken and ``exist_ok`` is false.
+    """
+    _check_operation(operation)
+    if name == "auto" or (name in kernel_names(operation) and not exist_ok):
+        raise RegistrationError(
+            f"kernel {name!r} of {operation} is taken; choose another name" + (" or pass exist_ok=True" * (name != "auto"))
+        )
+    _TABLE[operation][name] = _Implementation(function, supports)
+
+
+def _check_operation(operation: str) -> None:
+    if operation not in _TABLE:
+        raise KernelError(
+            f"unknown operation {operation!r}{nearest(operation, _TABLE)} operations: {', '.join(operations())}"
+        )
+
+
+def _implementation(operation: str, name: str) -> _Implementation | None:
+    """The implementation called ``name``, imported if need be; None if the operation has none of that name."""
+    found = _TABLE[operation].get(name)
+    if found is None and name == "triton" and operation in _TRITON_HOMES:
+        module = import_module(f".fused.{_TRITON_HOMES[operation]}", __package__)
+        found = _Implementation(getattr(module, operation), getattr(module, f"supports_{operation}"))
+        _TABLE[operation]["triton"] = found
+    return found
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which implementation of each operation runs.
+
+    default: "auto", "torch", "triton" or a registered name, for all operations; one that only some operations know
+        counts for those, the others are chosen as "auto". choices: {operation: name}, which wins over ``default``.
+    Raises KernelError for a name that no operation knows, or an operation that does not know its name.
+    """
+
+    default: str = "auto"
+    choices: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "choices", dict(self.choices))
+        known = {*BUILT_IN, *(name for row in _TABLE.values() for name in row)}
+        if not isinstance(self.default, str) or self.default not in known:
+            hint = nearest(self.default, known) if isinstance(self.default, str) else ""
+            raise KernelError(f"unknown kernels {self.default!r}{hint} available: {', '.join(sorted(known))}")
+        for operation, name in self.choices.items():
+            if name not in ("auto", *kernel_names(operation)):
+                raise KernelError(
+                    f"{operation} has no kernel {name!r}; available: auto, {', '.join(kernel_names(operation))}"
+                )
+
+    def __hash__(self) -> int:
+        return hash((self.default, tuple(sorted(self.choices.items()))))
+
+    def name_of(self, operation: str) -> str:
+        """What was asked for an operation: "auto" or the name of an implementation."""
+        name = self.choices.get(operation, self.default)
+        return name if name in BUILT_IN or name in _TABLE[operation] else "auto"
+
+    def require(self, device: torch.device | None = None) -> Kernels:
+        """This selection, if it can run. Raises KernelError if Triton was asked for and ``device`` (None: any device
+        of this machine) cannot run it."""
+        if "triton" in (self.default, *self.choices.values()):
+            reason = support.no_gpu_at_all() if device is None else support.why_not(device)
+            if reason is not None:
+                raise KernelError(f"kernels='triton' was asked for and cannot run: {reason}. Pass kernels='auto'")
+        return self
+
+    def chosen(self, operation: str, device: torch.device | str) -> str:
+        """Name of the implementation that runs for tensors on a device, if it supports their dtypes and shapes."""
+        name = self.name_of(operation)
+        if name != "auto":
+            return name
+        return "triton" if operation in _TRITON_HOMES and support.prefers(torch.device(device)) else "torch"
+
+
+AUTO = Kernels()
+
+
+def dispatch(kernels: Kernels, operation: str, tensor: Tensor, *arguments: Any) -> Any:
+    """Call the operation with (tensor, *arguments), by the implementation that ``kernels`` and the tensor's device say.
+
+    Raises KernelError if an implementation asked for by name cannot run there or does not take the arguments.
+    """
+    row = _TABLE[operation]
+    name = kernels.name_of(operation)
+    if name == "torch" or (name == "auto" and not (operation in _TRITON_HOMES and support.prefers(tensor.device))):
+        return row["torch"].function(tensor, *arguments)
+    found = _implementation(operation, "triton" if name == "auto" else name)
+    if found is None:  # "triton", for an operation that is torch's alone
+        return row["torch"].function(tensor, *arguments)
+    if name == "triton" and (reason := support.why_not(tensor.device)) is not None:
+        raise KernelError(f"kernels='triton' was asked for and cannot run {operation}: {reason}. Pass kernels='auto'")
+    if found.supports is not None and (reason := found.supports(tensor, *arguments)) is not None:
+        if name == "auto":
+            return row["torch"].function(tensor, *arguments)
+        raise KernelError(f"kernel {name!r} of {operation} cannot take this: {reason}. Pass kernels='auto'")
+    return found.function(tensor, *arguments)
