@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .kernels import AttentionMask, register_attention
+    from .kernels import AttentionMask, Kernels, register_attention, register_kernel
     from .loading.report import LoadReport
     from .models.cache import Cache, DynamicCache, StaticCache
     from .models.causal_lm import CausalLM
@@ -37,6 +37,7 @@ _HOME = {
     "GPT2Config": ".models.gpt2",
     "GPT2LMHeadModel": ".models.gpt2",
     "GenerationConfig": ".models.generation",
+    "Kernels": ".kernels",
     "LlamaConfig": ".models.llama",
     "LlamaForCausalLM": ".models.llama",
     "LoadReport": ".loading.report",
@@ -48,6 +49,7 @@ _HOME = {
     "register": ".registry",
     "register_attention": ".kernels",
     "register_causal_lm": ".registry",
+    "register_kernel": ".kernels",
 }
 
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "GPT2Config",
     "GPT2LMHeadModel",
     "GenerationConfig",
+    "Kernels",
     "LlamaConfig",
     "LlamaForCausalLM",
     "LoadReport",
@@ -72,6 +75,7 @@ __all__ = [
     "register",
     "register_attention",
     "register_causal_lm",
+    "register_kernel",
 ]
 
 

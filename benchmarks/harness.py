@@ -1,8 +1,8 @@
 """Races: the same work done by two sides in alternating fresh processes, ratios pair by pair, results as JSON and PNG.
 
 A benchmark module defines ``measure(side, work) -> dict of figures``, which runs in a process of its own, and calls
-`race` for each row. The figures of a row are medians over the rounds; a ratio is the median of the rounds' ratios,
-with the smallest and largest beside it.
+`race` or `race_all` for each row. The figures of a row are medians over the rounds; a ratio is the median of the
+rounds' ratios, with the smallest and largest beside it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("LOADSTONE_BENCH_RESULTS") or ROOT / "benchmarks" / "results")
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "triton")
 _POPULATE_WRITE = 23  # Linux 5.14
 Measure = Callable[[str, dict[str, Any]], dict[str, float]]
 
@@ -88,6 +89,15 @@ def race(
     sides: tuple[str, str] = ("loadstone", "transformers"),
 ) -> dict[str, Any]:
     """Run both sides in turn, ``rounds`` times after ``uncounted`` rounds to warm up; one row of results."""
+    row = race_all(module, name, work, rounds=rounds, uncounted=uncounted, sides=sides)[0]
+    row.pop("peer")
+    return row
+
+
+def race_all(
+    module: str, name: str, work: dict[str, Any], *, rounds: int, sides: Sequence[str], uncounted: int = 1
+) -> list[dict[str, Any]]:
+    """`race` of the first side against each of the others, all in turn; a row for each of them, its "peer"."""
     _compile_sources()
     seen: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for turn in range(rounds + uncounted):
@@ -95,18 +105,29 @@ def race(
             figures = _child(module, side, work)
             if turn >= uncounted:
                 seen[side].append(figures)
-    ours, peers = (seen[side] for side in sides)
-    row: dict[str, Any] = {"row": name, "work": work, "rounds": rounds, "commit": commit(), "date": now()}
-    for figure in ours[0]:
-        ratios = sorted(p[figure] / o[figure] for o, p in zip(ours, peers, strict=True) if o[figure])
-        row[figure] = {
-            sides[0]: statistics.median(o[figure] for o in ours),
-            sides[1]: statistics.median(p[figure] for p in peers),
-            "ratio": statistics.median(ratios) if ratios else None,
-            "spread": [ratios[0], ratios[-1]] if ratios else None,
-        }
-    _print_row(row, sides)
-    return row
+    rows = []
+    for peer in sides[1:]:
+        row: dict[str, Any] = {"row": name, "peer": peer, "work": work, "rounds": rounds}
+        row |= {"commit": commit(), "date": now()}
+        for figure in seen[sides[0]][0]:
+            row[figure] = compared(
+                [(ours[figure], theirs[figure]) for ours, theirs in zip(seen[sides[0]], seen[peer], strict=True)],
+                (sides[0], peer),
+            )
+        print_row(row, (sides[0], peer))
+        rows.append(row)
+    return rows
+
+
+def compared(pairs: Sequence[tuple[float, float]], sides: tuple[str, str]) -> dict[str, Any]:
+    """Both sides' medians, the median ratio of the pairs (peer / ours), and its smallest and largest."""
+    ratios = sorted(theirs / ours for ours, theirs in pairs if ours)
+    return {
+        sides[0]: statistics.median(ours for ours, _ in pairs),
+        sides[1]: statistics.median(theirs for _, theirs in pairs),
+        "ratio": statistics.median(ratios) if ratios else None,
+        "spread": [ratios[0], ratios[-1]] if ratios else None,
+    }
 
 
 @lru_cache(maxsize=1)
@@ -131,7 +152,8 @@ def _child(module: str, side: str, work: dict[str, Any]) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _print_row(row: dict[str, Any], sides: tuple[str, str]) -> None:
+def print_row(row: dict[str, Any], sides: tuple[str, str]) -> None:
+    """A row for the reader of the terminal."""
     print(row["row"], flush=True)
     for figure, value in row.items():
         if isinstance(value, dict) and "ratio" in value:
@@ -146,7 +168,7 @@ def _print_row(row: dict[str, Any], sides: tuple[str, str]) -> None:
 def environment() -> dict[str, Any]:
     """The machine, versions, date and commit that a result belongs to."""
     versions = {}
-    for package in ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "triton"):
+    for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -167,7 +189,12 @@ def environment() -> dict[str, Any]:
 def commit() -> str:
     """The commit that is being measured, marked if files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return (
+            subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+        )
+    except OSError:  # a machine without git
+        return "unknown"
 
 
 def now() -> str:
@@ -180,35 +207,46 @@ def _cpu() -> str:
         return next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
 
 
-def write(name: str, rows: list[dict[str, Any]], *, merge: bool = False) -> Path:
-    """Write ``results/<name>.json``, and a bar chart of the ratios beside it if matplotlib is there.
+def write(
+    name: str,
+    rows: list[dict[str, Any]],
+    *,
+    merge: bool = False,
+    about: dict[str, Any] | None = None,
+    chart: Callable[[Path, list[dict[str, Any]]], None] | None = None,
+) -> Path:
+    """Write ``<name>.json`` into the folder of results ($LOADSTONE_BENCH_RESULTS, default ``benchmarks/results``), and
+    beside it ``<name>.png`` if matplotlib is there: a bar chart of the ratios, or what ``chart`` draws.
 
-    merge: replace rows of the same name in what is there, and leave the others; each row has its own date and commit.
+    merge: replace rows of the same name and peer in what is there, and leave the others; each row has its own date and
+    commit. about: more to say about the whole, as of the machine.
     """
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    result = {"benchmark": name, **environment(), "rows": rows}
+    result = {"benchmark": name, **environment(), **(about or {}), "rows": rows}
     if merge and path.exists():
         result = json.loads(path.read_text())
-        renewed = {row["row"]: row for row in rows}
-        result["rows"] = rows = [renewed.pop(row["row"], row) for row in result["rows"]] + list(renewed.values())
+        renewed = {(row["row"], row.get("peer")): row for row in rows}
+        kept = [renewed.pop((row["row"], row.get("peer")), row) for row in result["rows"]]
+        result["rows"] = rows = kept + list(renewed.values())
     path.write_text(json.dumps(result, indent=1) + "\n")
-    _plot(name, rows)
-    print(f"written to {path.relative_to(ROOT)}")
+    if util.find_spec("matplotlib") is None:
+        print("matplotlib is not installed: no chart")
+    else:
+        (chart or bars)(RESULTS / f"{name}.png", rows)
+    print(f"written to {path}")
     return path
 
 
-def _plot(name: str, rows: list[dict[str, Any]]) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is not installed: no chart")
-        return
+def bars(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A bar for each ratio, with its spread."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     bars = [
-        (f"{row['row']}: {figure}", value["ratio"], value["spread"])
+        (f"{row['row']}: {figure}" + _against(row), value["ratio"], value["spread"])
         for row in rows
         for figure, value in row.items()
         if isinstance(value, dict) and value.get("ratio")
@@ -224,27 +262,56 @@ def _plot(name: str, rows: list[dict[str, Any]]) -> None:
     axes.set_yticks(range(len(bars)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel("transformers / loadstone (right of the line: loadstone needs less)")
+    peer = "peer" if any("peer" in row for row in rows) else "transformers"
+    axes.set_xlabel(f"{peer} / loadstone (right of the line: loadstone needs less)")
     figure.tight_layout()
-    figure.savefig(RESULTS / f"{name}.png", dpi=110)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def main(module: str, description: str, measure: Measure, run: Callable[[argparse.Namespace], None]) -> None:
-    """Command line of a benchmark; ``--child`` is how it runs itself in a process of its own."""
+def _against(row: dict[str, Any]) -> str:
+    return f", {row['peer']}" if "peer" in row else ""
+
+
+def importable() -> None:
+    """Make this checkout importable as ``loadstone`` if no package of that name is installed, and only as that.
+
+    The repository's root leaves the import path: transformers would take its folder ``kernels`` for a package it knows.
+    """
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+    if util.find_spec("loadstone") is None:
+        spec = util.spec_from_file_location("loadstone", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules["loadstone"] = package = util.module_from_spec(spec)
+        spec.loader.exec_module(package)
+
+
+def main(
+    module: str,
+    description: str,
+    measure: Measure | None,
+    run: Callable[[argparse.Namespace], None],
+    *,
+    peer: str | None = "transformers",
+    options: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> None:
+    """Command line of a benchmark; ``--child`` is how it runs itself in a process of its own.
+
+    measure: None where nothing runs in a process of its own. peer: the package without which there is no race, None if there is none. options: adds more of the command line.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each row (default 5)")
     parser.add_argument("--only", default="", help="only rows whose name contains this, replaced in the results")
     parser.add_argument("--child", nargs=2, metavar=("SIDE", "WORK"), help=argparse.SUPPRESS)
+    if options is not None:
+        options(parser)
     arguments = parser.parse_args()
-    if arguments.child:
-        # Started from the repository's root, whose folder ``kernels`` transformers would take for a package it knows.
-        sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+    if arguments.child and measure is not None:
+        importable()
         side, work = arguments.child
         print(json.dumps(measure(side, json.loads(work))))
         return
-    try:
-        metadata.version("transformers")
-    except metadata.PackageNotFoundError:
-        sys.exit("transformers, the peer of this race, is missing: pip install 'loadstone[bench]'")
+    if peer is not None and util.find_spec(peer) is None:
+        sys.exit(f"{peer}, the peer of this race, is missing: pip install 'loadstone[bench]'")
     run(arguments)

@@ -12,16 +12,21 @@ from ..errors import LoadstoneError
 from .arguments import device_map, memory, number, positive
 
 # Command -> the module that runs it, imported only then.
-_COMMANDS = {"demo": ".demo", "inspect": ".inspect", "generate": ".generate", "list": ".listing"}
+_COMMANDS = {
+    "demo": ".demo", "inspect": ".inspect", "generate": ".generate", "list": ".listing", "tune": ".tune",
+    "bench": ".bench",
+}  # fmt: skip
+BENCHMARKS = ("attention", "ops", "training-step", "first-call", "forward", "loading", "imports")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 1 (unexpected error), 2 (bad input) or 130 (interrupted)."""
+    """Run the command; returns its exit status: 0, 1 (unexpected error), 2 (bad input), 130 (interrupted),
+    or that of a benchmark."""
     arguments = parser().parse_args(argv)
     try:
-        import_module(_COMMANDS[arguments.command], __package__).run(arguments)
+        status = import_module(_COMMANDS[arguments.command], __package__).run(arguments)
         sys.stdout.flush()
-        return 0
+        return status or 0
     except KeyboardInterrupt:
         print("loadstone: interrupted", file=sys.stderr)
         return 130
@@ -56,10 +61,11 @@ def parser() -> argparse.ArgumentParser:
         prog="loadstone", description="Causal language models by name: look at checkpoints, generate text, see a demo."
     )
     top.add_argument("--version", action="version", version=f"loadstone {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="demo | inspect | generate | list")
-    common = argparse.ArgumentParser(add_help=False)
+    commands = top.add_subparsers(dest="command", required=True, metavar=" | ".join(_COMMANDS))
+    errors = argparse.ArgumentParser(add_help=False)
+    errors.add_argument("--traceback", action="store_true", help="on errors show where they were raised")
+    common = argparse.ArgumentParser(add_help=False, parents=[errors])
     common.add_argument("--json", action="store_true", help="print one JSON document instead of text")
-    common.add_argument("--traceback", action="store_true", help="on errors show where they were raised")
     _demo(
         commands.add_parser("demo", parents=[common], help="load, generate, fine-tune, save and reload a small model")
     )
@@ -68,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
     )
     _generate(commands.add_parser("generate", parents=[common], help="continue a prompt"))
     _list(commands.add_parser("list", parents=[common], help="the architectures that can be loaded"))
+    _tune(commands.add_parser("tune", parents=[common], help="search block sizes for this machine's GPU"))
+    _bench(commands.add_parser("bench", parents=[errors], help="run a benchmark of the repository"))
     return top
 
 
@@ -127,3 +135,25 @@ def _generate(command: argparse.ArgumentParser) -> None:
 def _list(command: argparse.ArgumentParser) -> None:
     command.description = "The registered architectures, plug-ins of installed packages included."
     command.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="a shell pattern, as in 'qwen*'")
+
+
+def _tune(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Time the kernels on this machine's GPU with other block sizes than the table's, and keep what is faster, for "
+        "this kind of GPU, in $LOADSTONE_CACHE (default ~/.cache/loadstone). Interrupted, it keeps what is complete."
+    )
+    command.add_argument("--kernel", nargs="+", default=[], metavar="NAME", help="these kernels (default: all)")
+    command.add_argument(
+        "--shape-class", nargs="+", default=[], metavar="CLASS", help="as in d128-16; all (default: the common ones)"
+    )
+    command.add_argument("--device", type=number, metavar="N", help="the GPU of this number (default: the current one)")
+    command.add_argument("--quick", action="store_true", help="try only sizes next to those in use")
+    command.add_argument("--dry-run", action="store_true", help="search and print, keep nothing")
+
+
+def _bench(command: argparse.ArgumentParser) -> None:
+    command.description = "Run a benchmark of the checkout this package comes from; results in benchmarks/results."
+    command.add_argument("name", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
+    command.add_argument(
+        "rest", nargs=argparse.REMAINDER, metavar="...", help="options of the benchmark, as in --quick"
+    )

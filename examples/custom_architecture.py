@@ -109,7 +109,9 @@ class Qwen2Model(Decoder):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config.rope_parameters, config.head_dim, config.max_position_embeddings)
 
-    def embed(self, inputs_embeds: Tensor, position_ids: Tensor, length: int | None) -> tuple[Tensor, tuple[Any, ...]]:
+    def embed(
+        self, inputs_embeds: Tensor, position_ids: Tensor, length: int | Tensor | None
+    ) -> tuple[Tensor, tuple[Any, ...]]:
         """The first hidden states, and what every layer gets beside them: the rotary tables."""
         return inputs_embeds, (self.rotary_emb(position_ids, length, inputs_embeds.dtype),)
 

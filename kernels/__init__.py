@@ -5,11 +5,14 @@ from .attention import (
     AttentionFunction,
     attention,
     attention_names,
+    attention_unavailable,
     check_attention,
     register_attention,
     returns_weights,
 )
 from .dispatch import AUTO, Kernels, kernel_names, operations, register_kernel
+from .flash import flash_attention, flash_attention_varlen
+from .linear_cross_entropy import linear_cross_entropy
 from .loss import causal_lm_loss
 from .mask import AttentionMask
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -27,11 +30,15 @@ __all__ = [
     "apply_rotary",
     "attention",
     "attention_names",
+    "attention_unavailable",
     "causal_lm_loss",
     "check_attention",
+    "flash_attention",
+    "flash_attention_varlen",
     "gated",
     "kernel_names",
     "layer_norm",
+    "linear_cross_entropy",
     "operations",
     "register_attention",
     "register_kernel",

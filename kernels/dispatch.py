@@ -72,7 +72,8 @@ def register_kernel(
     _check_operation(operation)
     if name == "auto" or (name in kernel_names(operation) and not exist_ok):
         raise RegistrationError(
-            f"kernel {name!r} of {operation} is taken; choose another name" + (" or pass exist_ok=True" * (name != "auto"))
+            f"kernel {name!r} of {operation} is taken; choose another name, or pass exist_ok=True to replace a "
+            "registered one"
         )
     _TABLE[operation][name] = _Implementation(function, supports)
 
@@ -117,6 +118,13 @@ class Kernels:
                 raise KernelError(
                     f"{operation} has no kernel {name!r}; available: auto, {', '.join(kernel_names(operation))}"
                 )
+
+    @staticmethod
+    def of(value: Kernels | str | Mapping[str, str]) -> Kernels:
+        """From what a caller gives: a name for all operations, {operation: name}, or a selection as it is."""
+        if isinstance(value, Kernels):
+            return value
+        return Kernels(choices=value) if isinstance(value, Mapping) else Kernels(value)
 
     def __hash__(self) -> int:
         return hash((self.default, tuple(sorted(self.choices.items()))))

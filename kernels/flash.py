@@ -195,9 +195,8 @@ def _attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if dropout and seed is None:
         seed = philox.new_seed(query.device)
-    return dispatch(
-        kernels, "flash_attention", query, key, value, visibility, seed if dropout else None, scale, softcap or 0.0, dropout
-    )
+    seed = seed if dropout else None
+    return dispatch(kernels, "flash_attention", query, key, value, visibility, seed, scale, softcap or 0.0, dropout)
 
 
 def _torch_flash_attention(

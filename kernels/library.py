@@ -1,4 +1,4 @@
-"""Operations of torch: ``torch.ops.loadstone.*``, with what autograd, compilers and fake tensors need to know of them."""
+"""Operations of torch, ``torch.ops.loadstone.*``, with what autograd, compilers and fake tensors need to know."""
 
 from __future__ import annotations
 

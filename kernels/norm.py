@@ -63,9 +63,7 @@ def _torch_rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor
     return weight * _normalise(hidden_states, _inverse_rms(hidden_states, eps))
 
 
-def _torch_add_rms_norm(
-    hidden_states: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def _torch_add_rms_norm(hidden_states: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     total = hidden_states + residual
     return _torch_rms_norm(total, weight, eps), total
 
@@ -114,7 +112,7 @@ class _RMSNorm(torch.autograd.Function):
         grad_input = grad_weight = None
         if ctx.needs_input_grad[1]:
             rounded = normed.to(hidden_states.dtype)
-            grad_weight = (grad * rounded).flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype)
+            grad_weight = (grad * rounded).reshape(-1, weight.shape[0]).sum(0, dtype=torch.float32).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             scaled = (grad * weight).float()
             along = (scaled * normed).mean(-1, keepdim=True)

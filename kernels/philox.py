@@ -24,13 +24,12 @@ def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return (high_half + (low_half >> 16)) >> 16, (low_half + (high_half << 16)) & _MASK
 
 
-def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
-    """First word of Philox4x32-10 for the counter (c0, c1, c2, 0) and a 64-bit seed, in int64 holding 32 bits.
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
+    """First word of Philox4x32-10 for the counter (c0, c1, c2, c3) and a 64-bit seed, in int64 holding 32 bits.
 
-    seed: (1,), int64. c0, c1, c2: int64 below 2^32, shapes that broadcast.
+    seed: (1,), int64. The counter's words: int64 below 2^32, shapes that broadcast.
     """
-    c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
-    c3 = torch.zeros_like(c0)
+    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         high_a, low_a = _product(_ROUND_A, c0)
@@ -47,5 +46,5 @@ def kept(seed: Tensor, probability: float, batch: int, heads: int, queries: int,
     """
     device = seed.device
     row = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
-    drawn = philox(seed, torch.arange(keys, device=device), torch.arange(queries, device=device)[:, None], row)
+    drawn = philox(seed, torch.arange(keys, device=device), torch.arange(queries, device=device)[:, None], row, row * 0)
     return (drawn >> 8).float() * 2.0**-24 >= probability

@@ -38,9 +38,10 @@ def sdpa_attention(
                 rows, key, value, attn_mask=allowed, dropout_p=dropout, scale=scaling
             )
             return output.reshape(batch, heads, 1, head_dim), None
-    causal = mask.is_causal_only and query_length > 1
-    if causal:
-        attn_mask = None
+    causal = False
+    attn_mask: Tensor | None = None
+    if mask.is_causal_only and query_length > 1:
+        causal = True  # a branch, not the condition: compilers that trace sizes as symbols have no plain bool there
     elif mask.dense is not None and not mask.dense.dtype.is_floating_point:
         attn_mask = mask.dense
     elif mask.dense is not None:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import lru_cache
 
 import torch
 
 MINIMUM_CAPABILITY = (8, 0)  # bf16 matrix instructions and asynchronous copies
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+_INSTALLED = importlib.util.find_spec("triton") is not None
+# Dictionaries, not lru_cache: compilers trace through these functions, and warn of the latter.
+_REASONS: dict[tuple[str, int | None], str | None] = {}
 
 
-@lru_cache(maxsize=1)
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on any device and slowly (``TRITON_INTERPRET=1``)."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
-
-
-@lru_cache(maxsize=1)
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _INTERPRETING
 
 
 def why_not(device: torch.device) -> str | None:
@@ -28,25 +25,28 @@ def why_not(device: torch.device) -> str | None:
     They run on NVIDIA GPUs of compute capability 8.0 or later and on AMD GPUs with torch's ROCm build; in Triton's
     interpreter, when that is on, on the CPU too.
     """
-    return _why_not(device.type, device.index)
-
-
-@lru_cache(maxsize=64)
-def _why_not(kind: str, index: int | None) -> str | None:
-    if not _installed():
+    if not _INSTALLED:
         return "the package triton is not installed (pip install triton)"
     if interpreting():
         return None
-    if kind != "cuda":
-        return f"Triton kernels run on a GPU, the tensors are on {kind!r}"
+    if device.type != "cuda":
+        return f"Triton kernels run on a GPU, the tensors are on {device.type!r}"
+    key = (device.type, device.index)
+    if key not in _REASONS:
+        _REASONS[key] = _gpu_too_old(device.index)
+    return _REASONS[key]
+
+
+def _gpu_too_old(index: int | None) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    if torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(index)
-        if capability < MINIMUM_CAPABILITY:
-            name = torch.cuda.get_device_name(index)
-            return f"{name} has compute capability {capability[0]}.{capability[1]}, 8.0 or later is needed"
-    return None
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= MINIMUM_CAPABILITY:
+        return None
+    name = torch.cuda.get_device_name(index)
+    return f"{name} has compute capability {capability[0]}.{capability[1]}, 8.0 or later is needed"
 
 
 def prefers(device: torch.device) -> bool:
@@ -56,7 +56,7 @@ def prefers(device: torch.device) -> bool:
 
 def no_gpu_at_all() -> str | None:
     """Why no device of this machine can run Triton kernels, None if one can."""
-    if not _installed() or interpreting():
+    if not _INSTALLED or interpreting():
         return why_not(torch.device("cpu"))
     if not torch.cuda.is_available():
         return "torch sees no GPU"

@@ -6,10 +6,11 @@ Nothing is searched for when a kernel is first called. `loadstone tune` searches
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,34 @@ def generation(device: torch.device) -> str:
     "sm_80": A100 and Orin; "sm_86": GPUs of 100 KB of shared memory (8.6, 8.9, 12.x); "sm_90": Hopper and the
     data-centre Blackwells; "gfx942": AMD. "interpreter": small blocks, for Triton's interpreter.
     """
-    return _generation(device.type, device.index)
+    return _stand_in or _generation(device.type, device.index)
+
+
+_stand_in: str | None = None
+
+
+@contextlib.contextmanager
+def as_generation(name: str) -> Iterator[None]:
+    """While active, every device counts as one of generation ``name``: kernels are compiled for GPUs not at hand."""
+    global _stand_in
+    before, _stand_in = _stand_in, name
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
+_tried: dict[tuple[str, str], Blocks] = {}
+
+
+@contextlib.contextmanager
+def trying(kernel: str, shape_class: str, sizes: Blocks) -> Iterator[None]:
+    """While active, a kernel runs with these sizes for a class of shapes, in all threads: how a search tries them."""
+    _tried[kernel, shape_class] = sizes
+    try:
+        yield
+    finally:
+        del _tried[kernel, shape_class]
 
 
 @lru_cache(maxsize=64)
@@ -50,14 +78,28 @@ def blocks(kernel: str, shape_class: str, device: torch.device) -> Blocks:
 
     Raises KernelError if a tuned file is malformed.
     """
-    return _blocks(kernel, shape_class, _generation(device.type, device.index), _device_name(device.type, device.index))
+    if _tried and (tried := _tried.get((kernel, shape_class))) is not None:
+        return tried
+    name = None if _stand_in else _device_name(device.type, device.index)
+    return _blocks(kernel, shape_class, generation(device), name)
 
 
 @lru_cache(maxsize=1024)
 def _blocks(kernel: str, shape_class: str, generation: str, device_name: str | None) -> Blocks:
     tuned = tuned_table(device_name) if device_name is not None else {}
     found = tuned.get(kernel, {}).get(shape_class)
-    return found if found is not None else shipped_table(generation)[kernel][shape_class]
+    shipped = shipped_table(generation)[kernel][shape_class]
+    if found is not None and device_name is not None and found.keys() != shipped.keys():
+        raise KernelError(
+            f"{tuned_path(device_name)} was tuned for another version: it gives {kernel} {', '.join(sorted(found))}, "
+            f"the kernel takes {', '.join(sorted(shipped))}; delete it, `loadstone tune` makes a new one"
+        )
+    return shipped if found is None else found
+
+
+def device_name(device: torch.device) -> str | None:
+    """The kind of GPU that tuned sizes are kept for, None where there is none."""
+    return _device_name(device.type, device.index)
 
 
 @lru_cache(maxsize=64)
@@ -101,7 +143,9 @@ def tuned_table(device_name: str) -> dict[str, dict[str, Blocks]]:
                 if not all(type(value) is int and 0 <= value <= 1 << 16 for value in entry.values()):
                     raise ValueError(f"{entry} holds something that is not a size")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise KernelError(f"{path} is not a table of tuned block sizes ({error}); delete it, or run `loadstone tune`") from error
+        raise KernelError(
+            f"{path} is not a table of tuned block sizes ({error}); delete it, `loadstone tune` makes a new one"
+        ) from error
     return table
 
 

@@ -105,7 +105,9 @@ def intervals(
     return Visibility(0, causal, window, _numbers(lower), _numbers(upper))
 
 
-def packed(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, queries: int, keys: int, causal: bool, window: int) -> Visibility:
+def packed(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, queries: int, keys: int, causal: bool, window: int
+) -> Visibility:
     """Intervals of sequences laid one after the other.
 
     cu_seqlens_q, cu_seqlens_k: (sequences + 1,), integer, ends of the sequences, 0 first. queries, keys: tokens in all.

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import GenerationError
-from .cache_layers import Buffers, DynamicLayer, Layer, StaticLayer, StaticSlidingLayer
+from .cache_layers import Buffers, DynamicLayer, Layer
+from .key_view import KeyView
+from .static_layers import StaticLayer, StaticSlidingLayer
 
 __all__ = ["Cache", "DynamicCache", "DynamicLayer", "StaticCache", "StaticLayer", "StaticSlidingLayer"]
 
@@ -52,12 +54,21 @@ class Cache:
         return self._layer(layer_idx).update(key, value)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen so far, also those that a window has dropped."""
+        """Tokens seen so far, also those that a window has dropped. A static cache asks its device once, after steps
+        that were compiled or replayed."""
         return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
 
-    def key_span(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """(keys that attention will see after ``query_length`` more tokens, absolute position of the first key)."""
-        return self.layers[layer_idx].key_span(query_length) if layer_idx < len(self.layers) else (query_length, 0)
+    def known_length(self, layer_idx: int = 0) -> int | None:
+        """As `get_seq_length`; None where only the device knows: in a static cache, compiled or in a CUDA graph."""
+        return self.layers[layer_idx].known_length() if layer_idx < len(self.layers) else 0
+
+    def next_position(self, layer_idx: int = 0) -> int | Tensor:
+        """The position of the next token: of a static cache () int64 on its device, which the next update changes."""
+        return self.layers[layer_idx].next_position() if layer_idx < len(self.layers) else 0
+
+    def key_view(self, query_length: int, layer_idx: int = 0) -> KeyView:
+        """What attention will see of a layer with ``query_length`` more tokens."""
+        return self.layers[layer_idx].key_view(query_length) if layer_idx < len(self.layers) else KeyView(query_length)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """The largest number of tokens a layer (default: any layer) holds, -1 where there is no bound."""
@@ -142,8 +153,14 @@ class DynamicCache(Cache):
 class StaticCache(Cache):
     """A cache of fixed memory for at most ``max_cache_len`` tokens; fuller raises GenerationError.
 
-    Full-attention layers always show attention all their places. With ``batch_size`` the memory is allocated now
-    (on ``device``, in ``dtype``), otherwise at the first update.
+    Layers with a shorter window hold the window only. With ``batch_size`` the memory is allocated now (on ``device``,
+    in ``dtype``), otherwise at the first update.
+
+    How far it is lies on the device, so a compiled forward or one captured in a CUDA graph is right at every length:
+    feed the prompt eagerly, then step as you like, also eagerly in between. A captured step needs memory allocated
+    before, a compiled one under ``mode="reduce-overhead"`` too. There the host does not see the length: an overfull
+    cache is not reported (full-attention layers fail on the device: IndexError on the CPU, an assertion on CUDA), nor
+    is an attention_mask that has not one entry for each token; one of max_cache_len entries spares recompilations.
     """
 
     def __init__(
@@ -156,19 +173,18 @@ class StaticCache(Cache):
         dtype: torch.dtype | None = None,
     ) -> None:
         self.max_cache_len = max_cache_len
-        layers: list[Layer] = [
-            StaticLayer(max_cache_len)
-            if window is None or 2 * window >= max_cache_len
-            else StaticSlidingLayer(max_cache_len, window)
-            for window in layer_windows(config)
-        ]
+        layers = [_static_layer(max_cache_len, window) for window in layer_windows(config)]
         super().__init__(layers)
         if batch_size is not None:
             heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
             width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             like = torch.empty((batch_size, heads, 0, width), device=device, dtype=dtype)
             for layer in layers:
-                if isinstance(layer, StaticLayer):
-                    layer.allocate(like, like)
-                elif isinstance(layer, StaticSlidingLayer):
-                    layer._allocate(like, like, 0)
+                layer.allocate(like, like)
+
+
+def _static_layer(max_cache_len: int, window: int | None) -> StaticLayer:
+    # A ring that saves less than an eighth of the memory is not worth that it cannot be cropped.
+    if window is None or window + max_cache_len // 8 >= max_cache_len:
+        return StaticLayer(max_cache_len)
+    return StaticSlidingLayer(max_cache_len, window)

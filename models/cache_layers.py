@@ -1,4 +1,4 @@
-"""The layers of a key/value cache: appending a token never copies what is held.
+"""Cache layers that grow: appending a token never copies what is held.
 
 A layer keeps its keys and values in buffers of shape (batch, kv_heads, capacity, head_dim), of which
 ``[start, end)`` is held. Appending writes behind ``end`` in place; when the room is used up the buffers grow by
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GenerationError
+from .key_view import KeyView
 
 _MIN_HEADROOM = 256
 
@@ -33,8 +34,10 @@ class Layer(Protocol):
     def values(self) -> Tensor | None: ...
     def update(self, key: Tensor, value: Tensor) -> Buffers: ...
     def get_seq_length(self) -> int: ...
+    def known_length(self) -> int | None: ...
+    def next_position(self) -> int | Tensor: ...
     def get_max_length(self) -> int: ...
-    def key_span(self, query_length: int) -> tuple[int, int]: ...
+    def key_view(self, query_length: int) -> KeyView: ...
     def can_crop(self, count: int) -> bool: ...
     def crop(self, count: int) -> None: ...
     def select(self, rows: Tensor, spare: Buffers | None = None) -> Buffers | None: ...
@@ -93,13 +96,19 @@ class DynamicLayer:
     def get_seq_length(self) -> int:
         return self._seen
 
+    def known_length(self) -> int:
+        return self._seen
+
+    def next_position(self) -> int:
+        return self._seen
+
     def get_max_length(self) -> int:
         return -1 if self.window is None else self.window
 
-    def key_span(self, query_length: int) -> tuple[int, int]:
-        """(number of keys attention will see with ``query_length`` more, absolute position of the first)."""
+    def key_view(self, query_length: int) -> KeyView:
+        """What attention will see with ``query_length`` more tokens."""
         held = self._end - self._start
-        return held + query_length, self._seen - held
+        return KeyView(held + query_length, self._seen - held, query_start=held, past=self._seen)
 
     def _kept(self, total: int) -> int:
         return total if self.window is None else min(total, self.window - 1)
@@ -234,108 +243,3 @@ def _fits(spare: Buffers, like: Buffers, held: int) -> bool:
         and _may_write(s.is_inference())
         for s, n in zip(spare, like, strict=True)
     )
-
-
-class StaticLayer:
-    """A layer of ``max_cache_len`` places, allocated once; attention always sees all of them.
-
-    Places not yet written hold zeros or old tokens: causality hides them, their positions lie ahead of every query.
-    """
-
-    is_sliding = False
-
-    def __init__(self, max_cache_len: int) -> None:
-        if max_cache_len < 1:
-            raise GenerationError(f"a static cache needs room for at least 1 token, got max_cache_len={max_cache_len}")
-        self.max_cache_len = max_cache_len
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self._seen = 0
-        self._inference = False
-
-    def __repr__(self) -> str:
-        return f"StaticLayer(seen={self._seen}, max_cache_len={self.max_cache_len})"
-
-    def allocate(self, key: Tensor, value: Tensor) -> None:
-        """Allocate for the batch, heads, width, dtype and device of these."""
-        self.keys = key.new_zeros((*key.shape[:2], self.max_cache_len, key.shape[3]))
-        self.values = value.new_zeros((*value.shape[:2], self.max_cache_len, value.shape[3]))
-        self._inference = _inference_mode()
-
-    def update(self, key: Tensor, value: Tensor) -> Buffers:
-        count = key.shape[2]
-        if self._seen + count > self.max_cache_len:
-            raise GenerationError(
-                f"the static cache has room for {self.max_cache_len} tokens and holds {self._seen}; {count} more do not"
-                f" fit. Build it with max_cache_len of at least {self._seen + count}, or use a DynamicCache"
-            )
-        if self.keys is None or self.values is None:
-            self.allocate(key, value)
-        elif not _may_write(self._inference):
-            self.keys, self.values, self._inference = self.keys.clone(), self.values.clone(), False
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys.narrow(2, self._seen, count).copy_(key)
-        self.values.narrow(2, self._seen, count).copy_(value)
-        self._seen += count
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self._seen
-
-    def get_max_length(self) -> int:
-        return self.max_cache_len
-
-    def key_span(self, query_length: int) -> tuple[int, int]:
-        return self.max_cache_len, 0
-
-    def can_crop(self, count: int) -> bool:
-        return True
-
-    def crop(self, count: int) -> None:
-        self._seen -= count
-
-    def reset(self) -> None:
-        """Forget the tokens, keep the memory."""
-        self._seen = 0
-
-    def select(self, rows: Tensor, spare: Buffers | None = None) -> Buffers | None:
-        if self.keys is None or self.values is None:
-            return spare
-        rows = rows.to(self.keys.device)
-        in_place = rows.shape[0] == self.keys.shape[0] and _may_write(self._inference)
-        if in_place and not torch.is_grad_enabled():
-            self.keys.copy_(self.keys.index_select(0, rows))  # in place: the addresses stay
-            self.values.copy_(self.values.index_select(0, rows))
-        else:
-            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-            self._inference = _inference_mode()
-        return spare
-
-
-class StaticSlidingLayer(DynamicLayer):
-    """A sliding layer whose memory is fixed at twice its window, for a longer ``max_cache_len``."""
-
-    window: int
-
-    def __init__(self, max_cache_len: int, window: int) -> None:
-        super().__init__(window)
-        self.max_cache_len = max_cache_len
-
-    def _capacity(self, need: int) -> int:
-        return 2 * self.window
-
-    def _keep_first(self, count: int) -> bool:
-        return False
-
-    def get_max_length(self) -> int:
-        return self.max_cache_len
-
-    def update(self, key: Tensor, value: Tensor) -> Buffers:
-        if self._seen + key.shape[2] > self.max_cache_len:
-            raise GenerationError(
-                f"the static cache has room for {self.max_cache_len} tokens and has seen {self._seen};"
-                f" {key.shape[2]} more do not fit. Build it with max_cache_len of at least"
-                f" {self._seen + key.shape[2]}, or use a DynamicCache"
-            )
-        return super().update(key, value)

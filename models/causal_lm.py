@@ -7,7 +7,7 @@ and a head named ``lm_head``, and calls ``post_init()`` last. Everything else is
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import ArgumentError, AttentionError, ConfigError, nearest
+from ..kernels import AUTO, Kernels
 from ..loading.collector import collector_paused
 from . import pretrained
 from .configuration import PreTrainedConfig
@@ -45,6 +46,7 @@ class CausalLM(nn.Module):
     _keys_to_ignore_on_load_missing: ClassVar[list[str]] = []
 
     lm_head: nn.Module
+    kernels: Kernels = AUTO
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -179,11 +181,32 @@ class CausalLM(nn.Module):
         return True
 
     def set_attn_implementation(self, name: str) -> None:
-        """Switch attention ("eager", "sdpa", or a registered name) from the next forward on.
+        """Switch attention ("eager", "sdpa", "flash_attention_2", or a registered name) from the next forward on.
 
-        Raises AttentionError if the name is unknown.
+        Raises AttentionError if the name is unknown or cannot run on this machine.
         """
         self.config._attn_implementation = kernels.check_attention(name)
+
+    def set_kernels(self, selection: Kernels | str | Mapping[str, str] = "auto", **choices: str) -> None:
+        """Choose the implementation of the operations, from the next forward on.
+
+        selection: "auto" (Triton on a GPU that runs it, torch elsewhere), "torch", "triton", a registered name, or
+            {operation: name}. choices: the same by keyword, as in ``set_kernels("auto", rms_norm="torch")``.
+        Attention is chosen by `set_attn_implementation`. Raises KernelError for unknown names, or if Triton is asked
+        for and no device of this machine runs it.
+        """
+        chosen = Kernels.of(selection)
+        if choices:
+            chosen = Kernels(chosen.default, {**chosen.choices, **choices})
+        chosen.require()
+        for module in self.modules():
+            if isinstance(getattr(module, "kernels", None), Kernels):
+                module.kernels = chosen  # type: ignore[assignment]
+
+    def kernel_report(self) -> dict[str, str]:
+        """{operation: implementation} of what runs on the model's device, attention included."""
+        chosen = {name: self.kernels.chosen(name, self.device) for name in kernels.operations()}
+        return {"attention": self.config._attn_implementation, **chosen}
 
     # Loading and saving
 

@@ -19,7 +19,7 @@ import torch
 from typing_extensions import dataclass_transform
 
 from ..errors import ConfigError
-from ..kernels import attention_names
+from ..kernels import attention_names, attention_unavailable
 from ..loading.strict_json import parse_json
 from .fields import check_value, dtype_name, parse_dtype, ranged
 
@@ -283,6 +283,8 @@ def read_config_file(path: Path, *, limit: int = 32 << 20) -> dict[str, Any]:
     attn = values.pop("attn_implementation", None)
     if attn is not None and attn not in attention_names():
         logger.warning("%s asks for attn_implementation=%r: ignored, only a caller can choose it", path, attn)
+    elif attn is not None and (reason := attention_unavailable(attn)) is not None:
+        logger.warning("%s asks for attn_implementation=%r: ignored, %s", path, attn, reason)
     elif attn is not None:
         values["attn_implementation"] = attn
     for name in [n for n in values if n.startswith("_") or n in _NEVER_FROM_FILE]:

@@ -31,11 +31,18 @@ class Decoder(nn.Module):
     checkpointing: dict[str, Any] | None = None
     """Keyword arguments of torch's checkpoint while activations are recomputed in the backward pass, else None."""
 
-    def embed(self, inputs_embeds: Tensor, position_ids: Tensor, length: int | None) -> tuple[Tensor, tuple[Any, ...]]:
+    def embed(
+        self, inputs_embeds: Tensor, position_ids: Tensor, length: int | Tensor | None
+    ) -> tuple[Tensor, tuple[Any, ...]]:
         """From token embeddings (batch, seq, hidden_size) and positions (batch or 1, seq) to the first hidden states
-        and what every layer gets beside them. length: tokens seen including these, None if the caller chose positions.
+        and what every layer gets beside them. length: tokens seen including these, () int64 where only the device
+        knows (compiled or captured steps of a static cache), None if the caller chose positions.
         """
         return inputs_embeds, ()
+
+    def check_length(self, length: int) -> None:
+        """Raise if the model cannot take texts of ``length`` tokens; where only the device knows, it is called with
+        what the cache has room for. Not called if the caller chose positions."""
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
@@ -84,11 +91,9 @@ class Decoder(nn.Module):
             )
             for window in dict.fromkeys(windows)
         }
-        length = None
+        length: int | Tensor | None = None
         if position_ids is None:
-            past = cache.get_seq_length() if cache is not None else 0
-            length = past + inputs_embeds.shape[1]
-            position_ids = torch.arange(past, length, device=inputs_embeds.device)[None]
+            position_ids, length = self._positions(inputs_embeds, cache)
         hidden_states, beside = self.embed(inputs_embeds, position_ids, length)
 
         all_hidden_states, all_attentions = [], []
@@ -110,3 +115,14 @@ class Decoder(nn.Module):
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
+
+    def _positions(self, inputs_embeds: Tensor, cache: Any) -> tuple[Tensor, int | Tensor]:
+        """(1, seq) positions of tokens after what the cache has seen, and the `embed` length."""
+        count, device = inputs_embeds.shape[1], inputs_embeds.device
+        known = cache.known_length() if cache is not None else 0
+        start = cache.next_position() if cache is not None else 0
+        self.check_length(cache.get_max_length(0) if known is None else known + count)
+        if isinstance(start, int):
+            return torch.arange(start, start + count, device=device)[None], start + count
+        positions = (torch.arange(count, device=device) + start)[None]
+        return positions, start + count if known is None else known + count

@@ -161,13 +161,18 @@ class GPT2Model(Decoder):
         self.h = nn.ModuleList(GPT2Block(config, i) for i in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    def embed(self, inputs_embeds: Tensor, position_ids: Tensor, length: int | None) -> tuple[Tensor, tuple[Any, ...]]:
-        """Add the learned position embeddings. Raises ArgumentError beyond the last learned position."""
-        if length is not None and length > self.config.n_positions:
+    def check_length(self, length: int) -> None:
+        """Raise ArgumentError beyond the last learned position."""
+        if length > self.config.n_positions:
             raise ArgumentError(
-                f"the input reaches position {length}, GPT-2 has learned {self.config.n_positions} (n_positions); "
-                "shorten the input"
+                f"the input can reach position {length}, GPT-2 has learned {self.config.n_positions} (n_positions); "
+                "shorten the input, or the static cache of a compiled step (max_cache_len)"
             )
+
+    def embed(
+        self, inputs_embeds: Tensor, position_ids: Tensor, length: int | Tensor | None
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Add the learned position embeddings."""
         return self.drop(inputs_embeds + self.wpe(position_ids)), ()
 
 

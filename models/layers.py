@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..kernels import AUTO, Kernels
 
 
 class Linear(nn.Linear):
@@ -52,7 +53,7 @@ class Conv1D(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a weight; see `kernels.rms_norm`."""
 
-    kernels: kernels.Kernels = kernels.AUTO
+    kernels: Kernels = AUTO
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -74,7 +75,7 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """torch's LayerNorm over the last axis, by the model's kernels; see `kernels.layer_norm`."""
 
-    kernels: kernels.Kernels = kernels.AUTO
+    kernels: Kernels = AUTO
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) → the same."""
@@ -82,9 +83,7 @@ class LayerNorm(nn.LayerNorm):
 
     def after_add(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of hidden_states + residual, hidden_states + residual), both (..., hidden_size), in one pass."""
-        return kernels.add_layer_norm(
-            hidden_states, residual, self.weight, self.bias, self.eps, kernels=self.kernels
-        )
+        return kernels.add_layer_norm(hidden_states, residual, self.weight, self.bias, self.eps, kernels=self.kernels)
 
 
 def padding_index(config: Any) -> int | None:

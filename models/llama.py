@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import ConfigError
+from ..kernels import AUTO, AttentionMask, Kernels
 from .causal_lm import CausalLM
 from .configuration import PreTrainedConfig
 from .decoder import Decoder
@@ -113,7 +114,7 @@ class LlamaConfig(PreTrainedConfig):
 class LlamaAttention(nn.Module):
     """Causal self-attention in which groups of query heads share a key and value head."""
 
-    kernels: kernels.Kernels = kernels.AUTO
+    kernels: Kernels = AUTO
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
@@ -133,7 +134,7 @@ class LlamaAttention(nn.Module):
         self,
         hidden_states: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: kernels.AttentionMask,
+        mask: AttentionMask,
         cache: Any = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -162,7 +163,7 @@ class LlamaAttention(nn.Module):
 class LlamaMLP(nn.Module):
     """Gated MLP: down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
-    kernels: kernels.Kernels = kernels.AUTO
+    kernels: Kernels = AUTO
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -194,7 +195,7 @@ class LlamaDecoderLayer(nn.Module):
         self,
         hidden_states: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: kernels.AttentionMask,
+        mask: AttentionMask,
         cache: Any = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -217,7 +218,9 @@ class LlamaModel(Decoder):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config.rope_parameters, config.head_dim, config.max_position_embeddings)
 
-    def embed(self, inputs_embeds: Tensor, position_ids: Tensor, length: int | None) -> tuple[Tensor, tuple[Any, ...]]:
+    def embed(
+        self, inputs_embeds: Tensor, position_ids: Tensor, length: int | Tensor | None
+    ) -> tuple[Tensor, tuple[Any, ...]]:
         """The first hidden states, and what every layer gets beside them: the rotary tables."""
         return inputs_embeds, (self.rotary_emb(position_ids, length, inputs_embeds.dtype),)
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, AttentionError
 from ..kernels import AttentionMask
+from .key_view import KeyView
 
 
 def build_mask(
@@ -27,47 +28,55 @@ def build_mask(
     attention_mask: None; (batch, past + seq), non-zero = keep; or a dense (batch or 1, heads or 1, seq, keys), bool or
         additive, taken as it is.
     position_ids: as the caller gave them, or None. Without mask and past, positions that do not rise by one start a
-        new sequence: packed sequences do not see each other.
+        new sequence: packed sequences do not see each other. (A static cache that only the device knows to be empty
+        counts as past.)
     Raises ArgumentError for another rank, AttentionError for sizes that do not fit.
     """
     query_length, device = hidden_states.shape[1], hidden_states.device
-    past = cache.get_seq_length(layer_idx) if cache is not None else 0
-    key_length, key_offset = cache.key_span(query_length, layer_idx) if cache is not None else (query_length, 0)
+    view = cache.key_view(query_length, layer_idx) if cache is not None else KeyView(query_length)
     padding = dense = segments = None
     if attention_mask is not None:
         if attention_mask.dim() == 4:
             dense = attention_mask
         elif attention_mask.dim() == 2:
-            padding = _fit_padding(attention_mask.to(device), past + query_length, key_length, key_offset)
+            padding = _fit_padding(attention_mask.to(device).bool(), view, query_length)
         else:
             raise ArgumentError(
                 "attention_mask must be (batch, past + seq) or (batch, heads, seq, keys), "
                 f"got {tuple(attention_mask.shape)}"
             )
-    elif position_ids is not None and past == 0:
+    elif position_ids is not None and view.past == 0 and view.length == query_length:
         segments = packed_segments(position_ids, hidden_states.shape[0])
-        if segments is not None and key_length > query_length:
-            segments = F.pad(segments, (0, key_length - query_length), value=-1)
     return AttentionMask(
         query_length=query_length,
-        key_length=key_length,
-        query_start=past - key_offset,
-        window=window,
+        key_length=view.length,
+        query_start=view.query_start,
+        window=window if view.newest is None else None,
         padding=padding,
         segments=segments,
         dense=dense,
+        key_start=view.key_start,
         device=device,
     )
 
 
-def _fit_padding(attention_mask: Tensor, seen: int, key_length: int, key_offset: int) -> Tensor:
-    """The (batch, key_length) part of the mask that belongs to the keys attention will see."""
-    keep = attention_mask.bool()
-    if keep.shape[1] == seen and key_length + key_offset > seen:
-        keep = F.pad(keep, (0, key_length + key_offset - seen))  # places of a static cache not yet written
-    if key_offset and keep.shape[1] == key_length + key_offset:
-        keep = keep[:, key_offset:]
-    return keep
+def _fit_padding(keep: Tensor, view: KeyView, query_length: int) -> Tensor:
+    """The (batch, key_length) part of a (batch, seen) mask that belongs to the keys attention will see."""
+    given = keep.shape[1]
+    if not view.room:
+        return keep[:, view.first :] if view.first and given == view.first + view.length else keep
+    fits = given <= view.room if view.past is None else given in (view.past + query_length, view.room)
+    if not fits:
+        seen = "at most " if view.past is None else f"{view.past + query_length} or "
+        raise AttentionError(
+            f"attention_mask covers {given} keys, the static cache takes {seen}{view.room}; pass one entry for each"
+            " cached token and each new one, or one for each that there is room for"
+        )
+    if view.newest is not None or isinstance(view.first, Tensor):
+        return keep[:, view.positions(keep.device).clamp(0, given - 1)]
+    if given < view.length:
+        return F.pad(keep, (0, view.length - given))  # places not yet written
+    return keep[:, : view.length]
 
 
 def packed_segments(position_ids: Tensor, batch: int) -> Tensor | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ConfigError, nearest
-from ..kernels import check_attention
+from ..kernels import Kernels, check_attention
 from ..loading.checkpoint import Checkpoint, open_checkpoint
 from ..loading.load import load_into
 from ..loading.source import HUB_ARGUMENTS, Source, resolve_source
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 _Model = TypeVar("_Model", bound="CausalLM")
 _LOAD_ARGUMENTS = (
-    "config", "dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation", "quantization_config",
-    "variant", "use_safetensors", "key_mapping", "ignore_mismatched_sizes", "strict", "output_loading_info",
-    "generation_config", "trust_remote_code", "code_revision", "progress",
+    "config", "dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation", "kernels",
+    "quantization_config", "variant", "use_safetensors", "key_mapping", "ignore_mismatched_sizes", "strict",
+    "output_loading_info", "generation_config", "trust_remote_code", "code_revision", "progress",
 )  # fmt: skip
 _NO_EFFECT = ("low_cpu_mem_usage",)  # what it asked for is how loading works
 
@@ -47,6 +47,7 @@ def load_pretrained(
     device_map: Any = None,
     max_memory: Mapping[int | str, int | str] | None = None,
     attn_implementation: str | None = None,
+    kernels: Kernels | str | Mapping[str, str] = "auto",
     quantization_config: Any = None,
     variant: str | None = None,
     use_safetensors: bool | None = None,
@@ -70,14 +71,14 @@ def load_pretrained(
         kwargs.pop(name, None)
     source = resolve_source(name_or_path, **hub)
     config = _configuration(cls, source, config, kwargs, hub)
-    if attn_implementation is not None:
-        config._attn_implementation = check_attention(attn_implementation)
+    selection = _choose(config, attn_implementation, kernels)
     refuse_quantized(source.name, getattr(config, "quantization_config", None), quantization_config)
     checkpoint = open_checkpoint(source, variant=variant, use_safetensors=use_safetensors)
     config.dtype = choose_dtype(dtype if dtype is not None else torch_dtype, config, checkpoint)
     generation_config = _generation_config(generation_config, source, config)
 
     model = build_on_meta(cls, config)
+    model.set_kernels(selection)
     report = load_into(
         model,
         checkpoint,
@@ -95,6 +96,19 @@ def load_pretrained(
     model.generation_config = generation_config
     model.eval()
     return (model, report.loading_info()) if output_loading_info else model
+
+
+def _choose(
+    config: PreTrainedConfig, attn_implementation: str | None, kernels: Kernels | str | Mapping[str, str]
+) -> Kernels:
+    """The checked selection of kernels; the attention goes to the configuration: the caller's, or with all operations
+    in Triton, attention too."""
+    selection = Kernels.of(kernels).require()
+    if attn_implementation is None and selection.default == "triton" and config._attn_implementation is None:
+        attn_implementation = "flash_attention_2"
+    if attn_implementation is not None:
+        config._attn_implementation = check_attention(attn_implementation)
+    return selection
 
 
 def declarations(model: CausalLM) -> dict[str, Any]:
@@ -175,6 +189,7 @@ def build_from_config(
     dtype: torch.dtype | str | None = None,
     torch_dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
+    kernels: Kernels | str | Mapping[str, str] = "auto",
     **kwargs: Any,
 ) -> _Model:
     """See `AutoModelForCausalLM.from_config`."""
@@ -184,7 +199,7 @@ def build_from_config(
         if name == "trust_remote_code":  # nothing here comes from anywhere else
             continue
         raise ArgumentError(
-            f"from_config got an unknown argument {name!r}{nearest(name, ('dtype', 'attn_implementation'))}"
+            f"from_config got an unknown argument {name!r}{nearest(name, ('dtype', 'attn_implementation', 'kernels'))}"
         )
     config = copy.deepcopy(config)
     asked = dtype if dtype is not None else torch_dtype
@@ -192,9 +207,9 @@ def build_from_config(
         config.dtype = parse_dtype(asked)
     elif config.dtype is None:
         config.dtype = torch.get_default_dtype()
-    if attn_implementation is not None:
-        config._attn_implementation = check_attention(attn_implementation)
+    selection = _choose(config, attn_implementation, kernels)
     model = cls(config)
+    model.set_kernels(selection)
     if config.dtype != torch.get_default_dtype():
         model.to(config.dtype)
     return model

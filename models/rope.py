@@ -5,7 +5,7 @@ arXiv:2306.15595), dynamic (NTK-aware with a base that follows the length), yarn
 longrope (Ding et al. 2024, arXiv:2402.13753), llama3 (Llama 3.1's frequency bands).
 
 Notable: frequencies are fp32 whatever the model is cast to. dynamic and longrope depend on the length of the present
-input alone, never on what was seen before.
+input alone, never on what was seen before; a length on the device stays there.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def _rotary_dim(parameters: dict[str, Any], head_dim: int) -> int:
     return head_dim
 
 
-def _base_frequencies(theta: float | Tensor, dim: int) -> Tensor:
-    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+def _base_frequencies(theta: float | Tensor, dim: int, device: torch.device | None = None) -> Tensor:
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
 
 
 def _default(p: dict[str, Any], dim: int, longest: int, length: int | Tensor | None) -> tuple[Tensor, float]:
@@ -137,14 +137,13 @@ def _linear(p: dict[str, Any], dim: int, longest: int, length: int | Tensor | No
     return _base_frequencies(p["rope_theta"], dim) / p["factor"], 1.0
 
 
-def _dynamic(p: dict[str, Any], dim: int, longest: int, length: int | Tensor | None) -> tuple[Tensor, float]:
+def _dynamic(
+    p: dict[str, Any], dim: int, longest: int, length: int | Tensor | None, device: torch.device | None = None
+) -> tuple[Tensor, float]:
     factor = p["factor"]
-    if isinstance(length, Tensor):
-        length = torch.clamp(length.float().cpu(), min=float(longest))
-    else:
-        length = max(length or 0, longest)
+    length = length.float().clamp(min=longest) if isinstance(length, Tensor) else max(length or 0, longest)
     stretch = (factor * length / longest) - (factor - 1)
-    return _base_frequencies(p["rope_theta"] * stretch ** (dim / (dim - 2)), dim), 1.0
+    return _base_frequencies(p["rope_theta"] * stretch ** (dim / (dim - 2)), dim, device), 1.0
 
 
 def _yarn(p: dict[str, Any], dim: int, longest: int, length: int | Tensor | None) -> tuple[Tensor, float]:
@@ -183,11 +182,8 @@ def _longrope(p: dict[str, Any], dim: int, longest: int, length: int | Tensor | 
     scaling = p.get("attention_factor")
     if scaling is None:
         scaling = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    short = torch.tensor(p["short_factor"], dtype=torch.float32)
-    factors = short
-    if length is not None:
-        long = torch.tensor(p["long_factor"], dtype=torch.float32)
-        factors = torch.where(torch.as_tensor(length).cpu() > original, long, short)
+    long = length is not None and length > original  # a tensor never comes here: both tables are held
+    factors = torch.tensor(p["long_factor" if long else "short_factor"], dtype=torch.float32)
     return 1.0 / (factors * p["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)), float(scaling)
 
 
@@ -216,10 +212,12 @@ _FREQUENCIES: dict[str, Callable[[dict[str, Any], int, int, Any], tuple[Tensor, 
 class RotaryEmbedding(nn.Module):
     """The cosines and sines of each position, in the form `apply_rotary` takes.
 
-    Holds ``inv_freq`` (head_dim / 2,), fp32, not in the state dict; casting the model does not cast it.
+    Holds ``inv_freq`` (head_dim / 2,), fp32, not in the state dict; casting the model does not cast it. longrope holds
+    the frequencies of long inputs beside it, ``long_inv_freq``.
     """
 
     inv_freq: Tensor
+    long_inv_freq: Tensor
 
     def __init__(self, parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> None:
         super().__init__()
@@ -229,36 +227,51 @@ class RotaryEmbedding(nn.Module):
         self.rope_type = parameters["rope_type"]
         self.follows_length = self.rope_type in ("dynamic", "longrope")
         self.attention_scaling = 1.0
-        self.register_buffer("inv_freq", torch.empty(head_dim // 2, dtype=torch.float32), persistent=False)
+        for name in ("inv_freq", "long_inv_freq") if self.rope_type == "longrope" else ("inv_freq",):
+            self.register_buffer(name, torch.empty(head_dim // 2, dtype=torch.float32), persistent=False)
         if not self.inv_freq.is_meta:
             self.reset_buffers(self.inv_freq.device)
 
-    def frequencies(self, length: int | Tensor | None = None) -> tuple[Tensor, float]:
+    def frequencies(self, length: float | None = None) -> tuple[Tensor, float]:
         """Inverse frequencies (head_dim / 2,), fp32 on the CPU, and the factor on cosines and sines."""
         with torch.device("cpu"):
             compute = _FREQUENCIES[self.rope_type]
             return compute(self.rope_parameters, self.head_dim, self.max_position_embeddings, length)
 
     def reset_buffers(self, device: torch.device) -> None:
-        """Compute ``inv_freq`` anew on ``device``."""
+        """Compute the buffers anew on ``device``."""
         inv_freq, self.attention_scaling = self.frequencies()
         self.inv_freq = inv_freq.to(device)
+        if self.rope_type == "longrope":
+            self.long_inv_freq = self.frequencies(math.inf)[0].to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
-        moved = fn(self.inv_freq)
-        # bf16 angles are off by whole turns at long positions: follow the device, never the dtype
-        self.inv_freq = moved if moved.dtype == torch.float32 else self.inv_freq.to(moved.device)
+        for name, held in list(self.named_buffers()):
+            moved = fn(held)
+            # bf16 angles are off by whole turns at long positions: follow the device, never the dtype
+            setattr(self, name, moved if moved.dtype == torch.float32 else held.to(moved.device))
         return self
 
-    def forward(self, position_ids: Tensor, length: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """position_ids: (batch or 1, seq), integer. length: tokens seen so far with these, or None to take it from
-        the positions (a synchronisation on a GPU; only types that follow the length ask).
+    def _at_length(self, length: int | Tensor) -> Tensor:
+        """The inverse frequencies for inputs of a length; a tensor, () int64 on their device, is not waited for."""
+        if self.rope_type == "longrope":
+            long = length > self.rope_parameters["original_max_position_embeddings"]
+            if isinstance(long, Tensor):
+                return torch.where(long, self.long_inv_freq, self.inv_freq)
+            return self.long_inv_freq if long else self.inv_freq
+        if not isinstance(length, Tensor) and length <= self.max_position_embeddings:
+            return self.inv_freq
+        device = self.inv_freq.device
+        return _dynamic(self.rope_parameters, self.head_dim, self.max_position_embeddings, length, device)[0]
+
+    def forward(self, position_ids: Tensor, length: int | Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """position_ids: (batch or 1, seq), integer. length: tokens seen so far with these, () int64 where only the
+        device knows, or None to take it from the positions.
         Returns cos and sin, each (batch or 1, 1, seq, head_dim) in ``dtype``, the first half of sin negated.
         """
         inv_freq = self.inv_freq
         if self.follows_length:
-            seen = position_ids.max() + 1 if length is None else length
-            inv_freq = self.frequencies(seen)[0].to(position_ids.device)
+            inv_freq = self._at_length(position_ids.max() + 1 if length is None else length)
         angles = position_ids[:, None, :, None].float() * inv_freq
         cos, sin = angles.cos(), angles.sin()
         if self.attention_scaling != 1.0:

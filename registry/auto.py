@@ -14,6 +14,7 @@ from ..loading.source import HUB_ARGUMENTS, Source, resolve_source
 from . import table
 
 if TYPE_CHECKING:
+    from ..kernels import Kernels
     from ..models.causal_lm import CausalLM
     from ..models.configuration import PreTrainedConfig
 
@@ -80,6 +81,7 @@ class AutoModelForCausalLM:
         device_map: str | int | torch.device | Mapping[str, Any] | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
         attn_implementation: str | None = None,
+        kernels: Kernels | str | Mapping[str, str] = "auto",
         quantization_config: Any = None,
         variant: str | None = None,
         use_safetensors: bool | None = None,
@@ -109,7 +111,10 @@ class AutoModelForCausalLM:
         device_map: None (the CPU, or the device of an enclosing ``torch.device(...)``), a device in any spelling, a
             dictionary of module names to devices, or "auto", "balanced", "balanced_low_0", "sequential", with
             ``max_memory`` per device. With several devices accelerate moves the activations.
-        attn_implementation: "sdpa" (default), "eager", or a registered name.
+        attn_implementation: "sdpa" (default), "eager", "flash_attention_2" (also "flash": our Triton kernel, on a GPU),
+            or a registered name.
+        kernels: which implementation of the other operations runs: "auto" (Triton on a GPU, torch elsewhere), "torch",
+            "triton" (attention too, if attn_implementation is not given), a registered name, or {operation: name}.
         quantization_config: refused in this version.
         variant: load ``model.<variant>.safetensors``. use_safetensors: False is refused, pickles are not read.
         key_mapping: {regular expression: replacement}, applied to the checkpoint's keys.
@@ -126,8 +131,9 @@ class AutoModelForCausalLM:
         private copy-on-write mappings of the files: nothing is read until used, and training never changes the files.
         Raises NotFoundError, OfflineError or GatedError where files cannot be had; ConfigError and
             UnsupportedModelError for the configuration; FormatError, IntegrityError, PathError, ShapeMismatchError,
-            MissingWeightsError for the weights; DeviceMapError; ArgumentError (a TypeError) for an unknown keyword.
-            All before a byte of weights is read; no half-built model is left.
+            MissingWeightsError for the weights; DeviceMapError; AttentionError and KernelError for what
+            is unknown or cannot run here; ArgumentError (a TypeError) for an unknown keyword. All before a byte
+            of weights is read; no half-built model is left.
         """
         hub: dict[str, Any] = {
             "cache_dir": cache_dir,
@@ -148,6 +154,7 @@ class AutoModelForCausalLM:
                 device_map=device_map,
                 max_memory=max_memory,
                 attn_implementation=attn_implementation,
+                kernels=kernels,
                 quantization_config=quantization_config,
                 variant=variant,
                 use_safetensors=use_safetensors,
@@ -180,8 +187,8 @@ class AutoModelForCausalLM:
     def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> CausalLM:
         """A randomly initialised model of a configuration, in training mode.
 
-        dtype (or torch_dtype): default ``config.dtype``, else torch's default. attn_implementation as for
-            `from_pretrained`. The configuration is copied, not changed.
+        dtype (or torch_dtype): default ``config.dtype``, else torch's default. attn_implementation and kernels
+            as for `from_pretrained`. The configuration is copied, not changed.
         Raises UnsupportedModelError if no registered class serves the configuration, ArgumentError for other keywords.
         """
         from ..models.configuration import PreTrainedConfig

@@ -9,6 +9,10 @@ from pathlib import Path
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+# Without a GPU, Triton kernels run in its interpreter, which has to be known before the first one is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 TESTS = Path(__file__).parent
 
 # Tests import their helpers by name (`tiny`, `smollm2`, `parity.peers`). The repository's root must not be importable:

@@ -72,10 +72,14 @@ def _flash_attention(
     )  # fmt: skip
 
 
+def _by_position(tensor: Tensor) -> Tensor:
+    """As a tensor of (batch, heads, seq, head_dim), laid out (batch, seq, heads, head_dim) in memory."""
+    batch, heads, length, head_dim = tensor.shape
+    return tensor.new_empty((batch, length, heads, head_dim)).transpose(1, 2)
+
+
 def _fake_flash_attention(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, heads, queries, head_dim = query.shape
-    output = query.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
-    return output, query.new_empty((batch, heads, queries), dtype=torch.float32)
+    return _by_position(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 def _flash_attention_backward(
@@ -91,7 +95,7 @@ def _flash_attention_backward(
 
 
 def _fake_backward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])).transpose(1, 2) for t in (query, key, value))  # type: ignore[return-value]
+    return _by_position(query), _by_position(key), _by_position(value)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -135,55 +135,12 @@ def _backward_queries(
     tl.store(GradQ + far * stride_dqm + dims[None, :], grad_query, mask=fits)
 
 
-@triton.jit
-def _for_keys(
-    grad_key, grad_value, key, value, Q, Grad, Lse, Delta, Seed, stride_qm, stride_gm, begin, end, queries, rows,
-    columns, dims, first, last, visible, row_of_batch, scale, softcap, dropout,
-    MASKED: tl.constexpr, KEEP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    for start in tl.range(begin, end, BLOCK_M):
-        place = start + rows
-        far = place.to(tl.int64)[:, None]
-        real = place < queries
-        fits = real[:, None]
-        if D != BLOCK_D:
-            fits = fits & (dims < D)[None, :]
-        query = tl.load(Q + far * stride_qm + dims[None, :], mask=fits, other=0.0)
-        grad = tl.load(Grad + far * stride_gm + dims[None, :], mask=fits, other=0.0)
-        lse = tl.load(Lse + place, mask=real, other=float("inf"))
-        lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
-        delta = tl.load(Delta + place, mask=real, other=0.0)
-        # Everything transposed, keys along the rows: the products below then take it as it comes.
-        products = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-        scores, slope = capped(products, scale, softcap, SOFTCAP)
-        weights = tl.exp2(scores - lse[None, :])
-        if MASKED:
-            seen = (place[None, :] >= first[:, None]) & (place[None, :] < last[:, None])
-            if KEEP:
-                seen = seen & visible[:, None]
-            weights = tl.where(seen, weights, 0.0)
-        grad_weights = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
-        given = weights
-        if DROPOUT:
-            wide = tl.zeros_like(products).to(tl.int32)
-            keep = kept_by_dropout(Seed, wide + columns[:, None], wide + place[None, :], row_of_batch, dropout)
-            given = tl.where(keep, weights / (1.0 - dropout), 0.0)
-            grad_weights = tl.where(keep, grad_weights / (1.0 - dropout), 0.0)
-        grad_value = tl.dot(given.to(grad.dtype), grad, grad_value, input_precision=PRECISION)
-        grad_scores = weights * (grad_weights - delta[None, :])
-        if SOFTCAP:
-            grad_scores = grad_scores * slope
-        grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision=PRECISION)
-    return grad_key, grad_value
-
-
 @triton.jit(do_not_specialize=["query_start", "window"])
 def _backward_keys(
-    Q, K, V, Grad, Lse, Delta, GradK, GradV, First, Last, Keep, Holes, Seed,
+    Q, K, V, Grad, Lse, Delta, GradK, GradV, First, Last, Keep, Seed,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
-    stride_bounds, stride_keep, stride_holes, heads, queries, keys, query_start, window, scale, softcap, dropout,
+    stride_bounds, stride_keep, heads, queries, keys, query_start, window, scale, softcap, dropout,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BOUNDED: tl.constexpr, KEEP: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -205,44 +162,51 @@ def _backward_keys(
     first, last = seeing_queries(
         First, Last, tl.minimum(columns, keys - 1), query_start, window, queries, CAUSAL, WINDOWED, BOUNDED
     )
+    if KEEP:  # a hidden key is one that no query sees
+        visible = tl.load(Keep + batch * stride_keep + columns, mask=columns < keys, other=0) != 0
+        last = tl.where(visible, last, first)
     begin = tl.min(first, 0) // BLOCK_M * BLOCK_M
-    end = tl.max(last, 0)
-    full_begin = (tl.max(first, 0) + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-    full_end = tl.min(last, 0) // BLOCK_M * BLOCK_M
-    if not WINDOWED and not BOUNDED:  # queries that do not exist add nothing: the last block needs no mask
-        full_end = end
-    full_begin = tl.maximum(tl.minimum(full_begin, end), begin)
-    visible = columns < keys
-    if KEEP:
-        visible = tl.load(Keep + batch * stride_keep + columns, mask=visible, other=0) != 0
-        full_end = tl.where(tl.load(Holes + batch * stride_holes) != 0, full_begin, full_end)
-    full_end = tl.maximum(full_end, full_begin)
+    count = (tl.maximum(tl.max(last, 0) - begin, 0) + BLOCK_M - 1) // BLOCK_M
 
     grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for member in range(GROUP):
-        head = kv_head * GROUP + member
-        query_head = Q + batch * stride_qb + head * stride_qh
-        grad_head = Grad + batch * stride_gb + head * stride_gh
-        line = (batch * heads + head) * queries
-        row_of_batch = (batch * heads + head).to(tl.int32)
-        if CAUSAL or BOUNDED or KEEP:
-            grad_key, grad_value = _for_keys(
-                grad_key, grad_value, key, value, query_head, grad_head, Lse + line, Delta + line, Seed, stride_qm,
-                stride_gm, begin, full_begin, queries, rows, columns, dims, first, last, visible, row_of_batch,
-                scale, softcap, dropout, True, KEEP, D, BLOCK_D, BLOCK_M, SOFTCAP, DROPOUT, PRECISION,
-            )  # fmt: skip
-        grad_key, grad_value = _for_keys(
-            grad_key, grad_value, key, value, query_head, grad_head, Lse + line, Delta + line, Seed, stride_qm,
-            stride_gm, full_begin, full_end, queries, rows, columns, dims, first, last, visible, row_of_batch,
-            scale, softcap, dropout, False, KEEP, D, BLOCK_D, BLOCK_M, SOFTCAP, DROPOUT, PRECISION,
-        )  # fmt: skip
-        if WINDOWED or BOUNDED or KEEP:
-            grad_key, grad_value = _for_keys(
-                grad_key, grad_value, key, value, query_head, grad_head, Lse + line, Delta + line, Seed, stride_qm,
-                stride_gm, full_end, end, queries, rows, columns, dims, first, last, visible, row_of_batch,
-                scale, softcap, dropout, True, KEEP, D, BLOCK_D, BLOCK_M, SOFTCAP, DROPOUT, PRECISION,
-            )  # fmt: skip
+    Q += batch * stride_qb + kv_head * GROUP * stride_qh
+    Grad += batch * stride_gb + kv_head * GROUP * stride_gh
+    # One loop over the query blocks of all heads that share the key: queries that do not exist add nothing.
+    for step in tl.range(0, GROUP * count):
+        member = step // count
+        place = begin + (step - member * count) * BLOCK_M + rows
+        there = place.to(tl.int64)[:, None]
+        real = place < queries
+        loaded = real[:, None]
+        if D != BLOCK_D:
+            loaded = loaded & (dims < D)[None, :]
+        line = (batch * heads + kv_head * GROUP + member) * queries
+        query = tl.load(Q + member * stride_qh + there * stride_qm + dims[None, :], mask=loaded, other=0.0)
+        grad = tl.load(Grad + member * stride_gh + there * stride_gm + dims[None, :], mask=loaded, other=0.0)
+        lse = tl.load(Lse + line + place, mask=real, other=float("inf"))
+        lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
+        delta = tl.load(Delta + line + place, mask=real, other=0.0)
+        # Everything transposed, keys along the rows: the products below then take it as it comes.
+        products = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+        scores, slope = capped(products, scale, softcap, SOFTCAP)
+        weights = tl.exp2(scores - lse[None, :])
+        if CAUSAL or WINDOWED or BOUNDED or KEEP:
+            seen = (place[None, :] >= first[:, None]) & (place[None, :] < last[:, None])
+            weights = tl.where(seen, weights, 0.0)
+        grad_weights = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
+        given = weights
+        if DROPOUT:
+            wide = tl.zeros_like(products).to(tl.int32)
+            row_of_batch = (batch * heads + kv_head * GROUP + member).to(tl.int32)
+            keep = kept_by_dropout(Seed, wide + columns[:, None], wide + place[None, :], row_of_batch, dropout)
+            given = tl.where(keep, weights / (1.0 - dropout), 0.0)
+            grad_weights = tl.where(keep, grad_weights / (1.0 - dropout), 0.0)
+        grad_value = tl.dot(given.to(grad.dtype), grad, grad_value, input_precision=PRECISION)
+        grad_scores = weights * (grad_weights - delta[None, :])
+        if SOFTCAP:
+            grad_scores = grad_scores * slope
+        grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision=PRECISION)
     GradK += batch * stride_dkb + kv_head * stride_dkh
     GradV += batch * stride_dvb + kv_head * stride_dvh
     grad_key = (grad_key * scale).to(GradK.dtype.element_ty)
@@ -282,23 +246,22 @@ def backward(
         "KEEP": visibility.keep is not None, "SOFTCAP": softcap > 0, "DROPOUT": dropout > 0,
         "PRECISION": precision(query.dtype),
     }  # fmt: skip
-    rest = (
-        stride_over(visibility.lower), stride_over(visibility.keep), stride_over(visibility.holes),
-        heads, queries, keys, visibility.query_start, visibility.window, scale, softcap, dropout,
-    )  # fmt: skip
+    rest = (heads, queries, keys, visibility.query_start, visibility.window, scale, softcap, dropout)
     launch(
         _backward_queries, (triton.cdiv(queries, sizes["BLOCK_M"]), heads, batch),
         query, key, value, output, grad, lse, grad_lse, grad_query, delta,
         visibility.lower, visibility.upper, visibility.keep, visibility.holes, seed,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], *grad.stride()[:3],
-        *grad_query.stride()[:3], *rest, GRAD_LSE=grad_lse is not None, **shared, **sizes,
+        *grad_query.stride()[:3], stride_over(visibility.lower), stride_over(visibility.keep),
+        stride_over(visibility.holes), *rest, GRAD_LSE=grad_lse is not None, **shared, **sizes,
     )  # fmt: skip
     first, last = by_key(visibility, keys)
     sizes = blocks("flash_backward_keys", shape, query.device)
     launch(
         _backward_keys, (triton.cdiv(keys, sizes["BLOCK_N"]), kv_heads, batch),
-        query, key, value, grad, lse, delta, grad_key, grad_value, first, last, visibility.keep, visibility.holes, seed,
+        query, key, value, grad, lse, delta, grad_key, grad_value, first, last, visibility.keep, seed,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
-        *grad_key.stride()[:3], *grad_value.stride()[:3], stride_over(first), *rest[1:], **shared, **sizes,
+        *grad_key.stride()[:3], *grad_value.stride()[:3], stride_over(first), stride_over(visibility.keep), *rest,
+        **shared, **sizes,
     )  # fmt: skip
     return grad_query, grad_key, grad_value

@@ -15,7 +15,9 @@ _watcher: Watcher | None = None
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Run ``kernel`` over ``grid`` with positional ``arguments``, the first of which is a tensor; ``options`` are its
-    constexpr parameters by name, ``num_warps`` and ``num_stages``. An empty grid launches nothing."""
+    constexpr parameters by name, ``num_warps`` and ``num_stages``. An empty grid launches nothing. Products and sums
+    are fused (one rounding), whatever Triton's default."""
+    options = {"enable_fp_fusion": True, **options}
     if _watcher is not None:
         _watcher(kernel, grid, arguments, options)
         return

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from loadstone.errors import GenerationError
+from loadstone.models import static_layers
 from loadstone.models.cache import Cache, DynamicCache, StaticCache
 from loadstone.models.cache_layers import DynamicLayer
+from loadstone.models.masks import build_mask
 
 HEADS, WIDTH, VALUE_WIDTH = 2, 3, 5
 
@@ -106,14 +109,15 @@ def test_any_sequence_equals_concatenation(
             elif name == "copy":
                 cache = copy.deepcopy(cache) if argument == "deepcopy" else pickle.loads(pickle.dumps(cache))
             elif name == "update":
-                span = cache.key_span(argument)
+                view = cache.key_view(argument)
                 for index, reference in enumerate(references):
                     key, value = tokens(batch, argument, generator)
                     seen_key, seen_value = cache.update(key, value, index)
                     expected_key, expected_value, first = reference.update(key, value)
                     assert torch.equal(seen_key, expected_key)
                     assert torch.equal(seen_value, expected_value)
-                    assert span == (expected_key.shape[2], first)
+                    assert (view.length, view.first, view.past) == (expected_key.shape[2], first, length)
+                    assert view.query_start == length - first
             elif name == "crop" and length:
                 count = min(argument, length)
                 try:
@@ -143,48 +147,160 @@ def test_any_sequence_equals_concatenation(
             check_held(layer, reference)
 
 
-@pytest.mark.parametrize("window", [None, 3, 6, 40])
-def test_static_shows_the_same_tokens_at_their_positions(window: int | None) -> None:
-    room = 24
-    generator = torch.Generator().manual_seed(1)
-    static = StaticCache(Shape(sliding_window=window), room)
-    reference = Reference(window)
-    with torch.no_grad():
-        for count in (5, 1, 1, 3, 1, 8, 1, 1, 1, 2):
-            key, value = tokens(2, count, generator)
-            length, offset = static.key_span(count)
-            seen_key, seen_value = static.update(key, value, 0)
-            expected_key, expected_value, first = reference.update(key, value)
-            assert seen_key.shape[2] == length
-            assert offset <= first
-            visible = slice(first - offset, first - offset + expected_key.shape[2])
-            assert torch.equal(seen_key[:, :, visible], expected_key)
-            assert torch.equal(seen_value[:, :, visible], expected_value)
-            assert torch.isfinite(seen_key).all()
-        with pytest.raises(GenerationError, match="room for 24 tokens"):
-            static.update(*tokens(2, 1, generator), 0)
-    static.reset()
-    assert static.get_seq_length() == 0
+def check_shown(
+    cache: Cache, window: int | None, key: Tensor, value: Tensor, reference: Reference, layer_idx: int
+) -> None:
+    """Update a layer; through the mask each query sees what it sees of everything ever appended, in order."""
+    batch, past, count = key.shape[0], reference.length, key.shape[2]
+    mask = build_mask(torch.zeros(batch, count, 1), None, None, cache, window=window, layer_idx=layer_idx)
+    view = cache.key_view(count, layer_idx)
+    positions = view.positions(torch.device("cpu"))
+    keys, values = cache.update(key, value, layer_idx)
+    reference.update(key, value)
+    assert reference.key is not None
+    assert reference.value is not None
+    assert keys.shape[2] == values.shape[2] == mask.key_length == view.length
+    assert torch.isfinite(keys).all()
+    assert torch.isfinite(values).all()
+    allowed = mask.allowed()
+    for query in range(count):
+        place = past + query
+        rows = torch.ones(view.length, dtype=torch.bool) if allowed is None else allowed[0, 0, query]
+        order = rows.nonzero()[:, 0][positions[rows].argsort()]
+        first = 0 if window is None else max(0, place - window + 1)
+        assert torch.equal(keys[:, :, order], reference.key[:, :, first : place + 1])
+        assert torch.equal(values[:, :, order], reference.value[:, :, first : place + 1])
+
+
+STATIC_OPERATION = st.one_of(
+    OPERATION, st.tuples(st.just("captured"), st.integers(1, 3)), st.tuples(st.just("reset"), st.none())
+)
+
+
+@tiny.examples(150)
+@given(st.one_of(st.none(), st.integers(1, 9)), st.lists(STATIC_OPERATION, min_size=1, max_size=30), st.booleans())
+def test_any_sequence_on_a_static_cache_equals_concatenation(
+    window: int | None, operations: list[tuple[str, Any]], allocated: bool
+) -> None:
+    """Also where steps are captured in a CUDA graph, as far as the host is concerned, and in every mode."""
+    room = 40
+    config = Shape(sliding_window=window, head_dim=WIDTH)
+    cache: Cache = StaticCache(config, room)
+    if allocated:
+        for layer in cache.layers:
+            layer.allocate(torch.empty(2, HEADS, 0, WIDTH), torch.empty(2, HEADS, 0, VALUE_WIDTH))
+    references = [Reference(window), Reference(window)]
+    generator = torch.Generator().manual_seed(0)
+    batch, mode = 2, "no_grad"
+    for name, argument in operations:
+        length = references[0].length
+        with MODES[mode]():
+            if name == "mode" and argument != "grad":
+                mode = argument
+            elif name == "copy":
+                cache = copy.deepcopy(cache) if argument == "deepcopy" else pickle.loads(pickle.dumps(cache))
+            elif name == "reset":
+                cache.reset()
+                references = [Reference(window), Reference(window)]
+            elif name == "update" and length + argument > room:
+                for index in range(2):
+                    with pytest.raises(GenerationError, match="room for 40 tokens"):
+                        cache.update(*tokens(batch, argument, generator), index)
+            elif name == "update" or (name == "captured" and cache.batch_size >= 0 and length + argument <= room):
+                with pytest.MonkeyPatch.context() as patch:
+                    if name == "captured":
+                        patch.setattr(static_layers, "_capturing", lambda: True)
+                    for index, reference in enumerate(references):
+                        check_shown(cache, window, *tokens(batch, argument, generator), reference, index)
+            elif name == "crop" and length:
+                count = min(argument, length)
+                try:
+                    cache.crop(-count)
+                except GenerationError:
+                    assert window is not None
+                    assert length > window
+                else:
+                    for reference in references:
+                        reference.crop(count)
+            elif name == "select" and length:
+                rows = torch.tensor(argument) % batch
+                cache.reorder_cache(rows)
+                for reference in references:
+                    reference.select(rows)
+                batch = len(rows)
+        if length == 0 and batch != 2:  # the memory has the old number of rows
+            return
+        assert cache.get_seq_length() == cache.get_seq_length(1) == references[0].length
 
 
 def test_static_memory_is_fixed() -> None:
     static = StaticCache(Shape(head_dim=WIDTH), 16, batch_size=2, dtype=torch.float32)
-    pointer = static.layers[0].keys.data_ptr()
+    layer = static.layers[0]
+    pointers = (layer.keys.data_ptr(), layer.seen.data_ptr())
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _ in range(16):
+    for step in range(16):
+        with torch.no_grad() if step % 2 else torch.inference_mode():
             key = torch.randn(2, HEADS, 1, WIDTH, generator=generator)
             keys, _ = static.update(key, key, 0)
-            assert keys.shape == (2, HEADS, 16, WIDTH)
-            assert keys.data_ptr() == pointer
+            assert keys.shape == (2, HEADS, 16 if step else 1, WIDTH)
+            assert (layer.keys.data_ptr(), layer.seen.data_ptr()) == pointers
+    with torch.no_grad():
         static.reorder_cache(torch.tensor([1, 1]))
-        assert static.layers[0].keys.data_ptr() == pointer
-        assert torch.equal(static.layers[0].keys[0], static.layers[0].keys[1])
+        assert torch.equal(layer.keys[0], layer.keys[1])
         static.crop(10)
-        assert static.get_seq_length() == 10
+        assert static.get_seq_length() == int(layer.seen) == 10
+        static.reset()
+        assert static.get_seq_length() == int(layer.seen) == 0
+    assert (layer.keys.data_ptr(), layer.seen.data_ptr()) == pointers
     sliding = StaticCache(Shape(sliding_window=4), 100, batch_size=2)
-    assert sliding.layers[0]._keys.shape[2] == 8
+    assert sliding.layers[0].keys.shape[2] == 4
     assert sliding.get_max_length() == 100
+    assert sliding.is_sliding == [True, True]
+    assert StaticCache(Shape(sliding_window=90), 100).is_sliding == [False, False]  # a ring would save too little
+
+
+def test_a_ring_is_not_cropped_once_it_has_turned() -> None:
+    generator = torch.Generator().manual_seed(0)
+    static = StaticCache(Shape(sliding_window=4), 100)
+    with torch.no_grad():
+        for index in range(2):
+            static.update(*tokens(1, 4, generator), index)
+        static.crop(-1)
+        for index in range(2):
+            static.update(*tokens(1, 3, generator), index)
+    with pytest.raises(GenerationError, match="layer 0 has a sliding window"):
+        static.crop(-1)
+    assert static.get_seq_length() == 6
+
+
+def test_the_host_does_not_ask_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps of a static cache wait for nothing, while the host runs them all."""
+    generator = torch.Generator().manual_seed(0)
+    for window in (None, 4):
+        cache = StaticCache(Shape(sliding_window=window), 30)
+        with torch.no_grad(), monkeypatch.context() as patch:
+            for name in ("item", "__int__", "__bool__", "__index__", "tolist", "cpu"):
+                patch.setattr(Tensor, name, lambda *_: pytest.fail("a step asked the device"))
+            for count in (5, 1, 3, 1):
+                mask = torch.ones(1, cache.get_seq_length() + count)
+                for index in range(2):
+                    build_mask(torch.zeros(1, count, 1), mask, None, cache, window=window, layer_idx=index).allowed()
+                    cache.update(*tokens(1, count, generator), index)
+
+
+def test_what_does_not_fit_a_static_cache() -> None:
+    static = StaticCache(Shape(), 8, batch_size=2)
+    key = torch.zeros(2, HEADS, 1, WIDTH)
+    for wrong in (key[:1], key.double(), key[:, :1], key[..., :2]):
+        with pytest.raises(GenerationError, match="build it with the model's dtype"):
+            static.update(wrong, wrong, 0)
+
+
+def test_a_capture_needs_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static_layers, "_capturing", lambda: True)
+    for window in (None, 4):
+        with pytest.raises(GenerationError, match="a CUDA graph needs a cache that is allocated"):
+            StaticCache(Shape(sliding_window=window), 30).key_view(1)
 
 
 @pytest.mark.parametrize("window", [None, 16, 1000])
@@ -331,20 +447,22 @@ def test_bad_arguments() -> None:
         StaticCache(Shape(), 4).update(torch.zeros(1, 2, 1, 3), torch.zeros(1, 2, 1, 3), 2)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "sliding", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", "dynamic sliding", "static", "static sliding"])
 def test_updates_can_be_traced_whole(kind: str) -> None:
     """A compiler sees plain tensors and numbers, without breaks (it does specialise on the number of tokens)."""
-    shape = Shape(num_hidden_layers=1, sliding_window=4 if kind == "sliding" else None)
-    caches = [StaticCache(shape, 32) if kind == "static" else DynamicCache(shape) for _ in range(2)]
+    shape = Shape(num_hidden_layers=1, sliding_window=4 if "sliding" in kind else None)
+    caches = [StaticCache(shape, 32) if "static" in kind else DynamicCache(shape) for _ in range(2)]
 
     def step(key: Tensor, value: Tensor) -> Tensor:
         keys, values = caches[0].update(key, value, 0)
         return keys.sum((0, 1, 3)) * values.sum()
 
+    torch._dynamo.reset()
     compiled = torch.compile(step, backend="eager", fullgraph=True)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for count in (5, 1, 1, 1):
+        for count in (5, 1, 3, 1, 1):
             key, value = tokens(1, count, generator)
             keys, values = caches[1].update(key, value, 0)
             assert torch.equal(compiled(key, value), keys.sum((0, 1, 3)) * values.sum())
+    assert caches[0].get_seq_length() == caches[1].get_seq_length() == 11

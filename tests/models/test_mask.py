@@ -29,6 +29,10 @@ def described(draw: st.DrawFn) -> dict[str, Any]:
         values["padding"] = torch.tensor(draw(rows))
     if draw(st.booleans()):
         values["segments"] = torch.tensor(draw(rows)).cumsum(-1)
+    for name in ("key_start", "key_end"):
+        if draw(st.booleans()):
+            count = draw(st.integers(1, 2))
+            values[name] = torch.tensor(draw(st.lists(st.integers(0, keys), min_size=count, max_size=count)))
     return values
 
 
@@ -40,6 +44,9 @@ def visible(v: dict[str, Any], row: int, query: int, key: int) -> bool:
     if v["window"] is not None and key <= place - v["window"]:
         return False
     if v.get("padding") is not None and not v["padding"][row, key]:
+        return False
+    bounds = {name: v[name].expand(2)[row] for name in ("key_start", "key_end") if name in v}
+    if not bounds.get("key_start", 0) <= key < bounds.get("key_end", v["key_length"]):
         return False
     return v.get("segments") is None or bool(v["segments"][row, place] == v["segments"][row, key])
 
@@ -53,9 +60,13 @@ def brute_force(v: dict[str, Any]) -> torch.Tensor:
 
 
 @tiny.examples(200)
-@given(values=described())
-def test_equals_brute_force(values: dict[str, Any]) -> None:
-    mask, truth = AttentionMask(**values), brute_force(values)
+@given(values=described(), on_device=st.booleans())
+def test_equals_brute_force(values: dict[str, Any], on_device: bool) -> None:
+    truth = brute_force(values)
+    if on_device:
+        values["query_start"] = torch.tensor(values["query_start"])
+    mask = AttentionMask(**values)
+    assert not on_device or not (mask.sees_everything or mask.is_causal_only)
     allowed = mask.allowed()
     if allowed is None:
         assert mask.sees_everything
@@ -101,6 +112,8 @@ def test_sizes_that_do_not_fit() -> None:
     for shape in ((2, 4), (1, 1, 2, 3), (1, 1, 3, 4)):
         with pytest.raises(AttentionError, match="dense"):
             AttentionMask(2, 4, dense=torch.ones(shape, dtype=torch.bool))
+    with pytest.raises(AttentionError, match="key_end must be"):
+        AttentionMask(2, 4, key_end=torch.tensor(3))
     with pytest.raises(ArgumentError, match="attention_mask"):
         build_mask(torch.zeros(1, 2, 4), torch.ones(1, 2, 2), None, None)
 
@@ -111,18 +124,22 @@ def test_sizes_that_do_not_fit() -> None:
     window=st.sampled_from((None, 2, 3, 7)),
     left=st.integers(0, 4),
     static=st.booleans(),
+    whole=st.booleans(),
 )
-def test_build_mask_follows_the_cache(chunks: list[int], window: int | None, left: int, static: bool) -> None:
+def test_build_mask_follows_the_cache(
+    chunks: list[int], window: int | None, left: int, static: bool, whole: bool
+) -> None:
     """Whatever a cache has dropped or not written yet, a query sees the same absolute positions."""
     config = MistralConfig.from_dict(tiny.values("mistral", sliding_window=window, num_hidden_layers=1))
     total = sum(chunks)
     cache = StaticCache(config, total + 3) if static else DynamicCache(config)
-    padding = torch.ones(1, total, dtype=torch.long)
+    padding = torch.ones(1, total + 3, dtype=torch.long)
     padding[:, : min(left, total - 1)] = 0
     seen = 0
     for size in chunks:
         hidden = torch.zeros(1, size, 4)
-        mask = build_mask(hidden, padding[:, : seen + size], None, cache, window=window)
+        given = padding if static and whole else padding[:, : seen + size]  # one entry a token, or one a place
+        mask = build_mask(hidden, given, None, cache, window=window)
         # each key and value carries its absolute position, so that what is attended to can be read off
         positions = torch.arange(seen, seen + size, dtype=torch.float32).view(1, 1, size, 1).expand(1, 2, size, 8)
         keys, _ = cache.update(positions, positions, 0)
@@ -135,6 +152,32 @@ def test_build_mask_follows_the_cache(chunks: list[int], window: int | None, lef
             first = 0 if window is None else max(0, place - window + 1)
             assert got == [p for p in range(first, place + 1) if padding[0, p]]
         seen += size
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_padding_mask_that_fits_no_static_cache(window: int | None) -> None:
+    config = MistralConfig.from_dict(tiny.values("mistral", sliding_window=window, num_hidden_layers=1))
+    cache = StaticCache(config, 20)
+    cache.update(torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8), 0)
+    for count, entries in ((1, 5), (1, 7), (2, 2), (1, 21)):
+        with pytest.raises(AttentionError, match=f"covers {entries} keys, the static cache takes {5 + count} or 20"):
+            build_mask(torch.zeros(1, count, 4), torch.ones(1, entries), None, cache, window=window)
+
+
+@tiny.examples(20)
+@given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=4), window=st.sampled_from((None, 3)))
+def test_packed_sequences_fill_a_static_cache(lengths: list[int], window: int | None) -> None:
+    """The mask is that of a forward without a cache."""
+    config = MistralConfig.from_dict(tiny.values("mistral", sliding_window=window, num_hidden_layers=1))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    hidden = torch.zeros(1, positions.shape[1], 4)
+    mask = build_mask(hidden, None, positions, StaticCache(config, 20), window=window)
+    alone = build_mask(hidden, None, positions, None, window=window)
+    assert (mask.allowed() is None) == (alone.allowed() is None)
+    if (expected := alone.allowed()) is not None:
+        assert torch.equal(mask.allowed(), expected)
+    if mask.segments is not None:
+        assert (mask.segments.diff(dim=-1) >= 0).all()
 
 
 def test_packed_segments() -> None:

@@ -92,6 +92,24 @@ def test_types_that_follow_the_length(kind: str) -> None:
     assert torch.equal(from_positions[0], from_length[0])
 
 
+@types
+@tiny.examples(20)
+@given(length=st.integers(1, 80))
+def test_a_length_on_the_device_is_the_same_length(kind: str, length: int) -> None:
+    """Also to compilers and CUDA graphs: nothing is brought to the host."""
+    module = rotary(kind)
+    positions = torch.tensor([[length - 1]])
+    expected = module(positions, length, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("item", "__int__", "__float__", "__bool__", "__index__", "tolist", "cpu"):
+            patch.setattr(torch.Tensor, name, lambda *_: pytest.fail("the length was brought to the host"))
+        got = module(positions, torch.tensor(length), torch.float32)
+        alone = module(positions, None, torch.float32)
+    for one, two, three in zip(expected, got, alone, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(three, one, rtol=1e-5, atol=1e-5)
+
+
 def test_llama3_bands() -> None:
     """Long waves are slowed by the factor, short ones left alone, those between lie between."""
     plain, scaled = rotary("default").inv_freq, rotary("llama3").inv_freq
@@ -116,10 +134,13 @@ def test_yarn_lies_between() -> None:
 def test_fp32_whatever_it_is_cast_to(kind: str) -> None:
     module = rotary(kind)
     before = module.inv_freq.clone()
+    if kind == "longrope":
+        assert torch.equal(module.long_inv_freq, module.inv_freq / 2)
     for cast in (lambda: module.to(torch.bfloat16), module.half, module.double, lambda: module.to("cpu")):
         cast()
         assert module.inv_freq.dtype == torch.float32
         assert torch.equal(module.inv_freq, before)
+        assert all(buffer.dtype == torch.float32 for buffer in module.buffers())
     cos, _ = module(torch.tensor([[40000]]), 40001, torch.bfloat16)
     exact, _ = module(torch.tensor([[40000]]), 40001, torch.float32)
     assert cos.dtype == torch.bfloat16
@@ -134,5 +155,6 @@ def test_from_meta(kind: str) -> None:
         module = rotary(kind)
     assert module.inv_freq.is_meta
     module.reset_buffers(torch.device("cpu"))
-    assert torch.equal(module.inv_freq, reference.inv_freq)
+    for name, buffer in reference.named_buffers():
+        assert torch.equal(module.get_buffer(name), buffer)
     assert module.attention_scaling == reference.attention_scaling
