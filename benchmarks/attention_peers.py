@@ -18,6 +18,7 @@ harness.importable()
 from loadstone import kernels  # noqa: E402
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+Make = Callable[["Case", torch.device], Forward]
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,19 @@ class NotApplicable(Exception):
     """A side that does not compute the case."""
 
 
-def on_gpu(case: Case) -> dict[str, Callable[[Case], Forward]]:
+def on_gpu() -> dict[str, Make]:
     """The sides there are on this machine, ours first."""
-    sides: dict[str, Callable[[Case], Forward]] = {
-        "loadstone": _flash,
-        "sdpa flash": lambda case: _sdpa(case, "FLASH_ATTENTION"),
-        "sdpa cudnn": lambda case: _sdpa(case, "CUDNN_ATTENTION"),
-        "sdpa efficient": lambda case: _sdpa(case, "EFFICIENT_ATTENTION"),
+    sides: dict[str, Make] = {
+        "loadstone": lambda case, _: _flash(case),
+        "sdpa flash": lambda case, place: _sdpa(case, place, "FLASH_ATTENTION"),
+        "sdpa cudnn": lambda case, place: _sdpa(case, place, "CUDNN_ATTENTION"),
+        "sdpa efficient": lambda case, place: _sdpa(case, place, "EFFICIENT_ATTENTION"),
         "flex": _flex,
     }
     if util.find_spec("flash_attn") is not None:
-        sides["flash-attn 2"] = lambda case: _flash_attn(case, "flash_attn")
+        sides["flash-attn 2"] = lambda case, _: _flash_attn(case, "flash_attn")
     if util.find_spec("flash_attn_interface") is not None:
-        sides["flash-attn 3"] = lambda case: _flash_attn(case, "flash_attn_interface")
+        sides["flash-attn 3"] = lambda case, _: _flash_attn(case, "flash_attn_interface")
     return sides
 
 
@@ -76,16 +77,16 @@ def missing() -> dict[str, str]:
     return {name: f"{module} is not installed" for name, module in wanted.items() if util.find_spec(module) is None}
 
 
-def on_cpu(case: Case) -> dict[str, Callable[[Case], Forward]]:
+def on_cpu(case: Case) -> dict[str, Make]:
     """The sides on a CPU: our "sdpa", which is what models use there, and torch's called directly."""
-    sides: dict[str, Callable[[Case], Forward]] = {
-        "loadstone": lambda case: _by_name(case, "sdpa"),
-        "sdpa": _plain_sdpa,
+    sides: dict[str, Make] = {
+        "loadstone": lambda case, _: _by_name(case, "sdpa"),
+        "sdpa": lambda case, _: _plain_sdpa(case),
     }
     if case.kv_heads != case.heads:
-        sides["sdpa, keys repeated"] = _repeated
+        sides["sdpa, keys repeated"] = lambda case, _: _repeated(case)
     if case.what != "decode":
-        sides["eager"] = lambda case: _by_name(case, "eager")
+        sides["eager"] = lambda case, _: _by_name(case, "eager")
     return sides
 
 
@@ -117,7 +118,7 @@ def _repeated(case: Case) -> Forward:
     return forward
 
 
-def _sdpa(case: Case, backend: str) -> Forward:
+def _sdpa(case: Case, place: torch.device, backend: str) -> Forward:
     """One backend of torch's; keys are repeated in the call where it does not take grouped heads."""
     attention = import_module("torch.nn.attention")
     chosen = [getattr(attention.SDPBackend, backend)]
@@ -125,7 +126,7 @@ def _sdpa(case: Case, backend: str) -> Forward:
     if case.window is not None:
         if backend != "EFFICIENT_ATTENTION":
             raise NotApplicable("takes no window")
-        options = {"attn_mask": _window_mask(case)}
+        options = {"attn_mask": _window_mask(case, place)}
     group = case.heads // case.kv_heads
     grouped = group > 1 and backend != "EFFICIENT_ATTENTION"
 
@@ -138,14 +139,14 @@ def _sdpa(case: Case, backend: str) -> Forward:
     return forward
 
 
-def _window_mask(case: Case) -> Tensor:
-    places = torch.arange(case.keys - case.queries, case.keys, device="cuda")[:, None]
-    keys = torch.arange(case.keys, device="cuda")
+def _window_mask(case: Case, place: torch.device) -> Tensor:
+    places = torch.arange(case.keys - case.queries, case.keys, device=place)[:, None]
+    keys = torch.arange(case.keys, device=place)
     assert case.window is not None
     return (keys <= places) & (keys > places - case.window)
 
 
-def _flex(case: Case) -> Forward:
+def _flex(case: Case, place: torch.device) -> Forward:
     """Compiled for each case: shapes that vary would cost it speed."""
     flex = import_module("torch.nn.attention.flex_attention")
     import_module("torch._dynamo").reset()
@@ -159,7 +160,7 @@ def _flex(case: Case) -> Forward:
         seen = column <= row + first
         return seen if window is None else seen & (column > row + first - window)
 
-    mask = flex.create_block_mask(visible, None, None, case.queries, case.keys, device="cuda")
+    mask = flex.create_block_mask(visible, None, None, case.queries, case.keys, device=place)
     return lambda query, key, value: compiled(query, key, value, block_mask=mask, enable_gqa=grouped)
 
 

@@ -221,6 +221,19 @@ def write(
     merge: replace rows of the same name and peer in what is there, and leave the others; each row has its own date and
     commit. about: more to say about the whole, as of the machine.
     """
+    path, rows = save(name, rows, merge=merge, about=about)
+    if util.find_spec("matplotlib") is None:
+        print("matplotlib is not installed: no chart")
+    else:
+        (chart or bars)(RESULTS / f"{name}.png", rows)
+    print(f"written to {path}")
+    return path
+
+
+def save(
+    name: str, rows: list[dict[str, Any]], *, merge: bool = False, about: dict[str, Any] | None = None
+) -> tuple[Path, list[dict[str, Any]]]:
+    """The JSON of `write` alone, for long runs that may be cut off; the file's path, and all rows that are in it."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     result = {"benchmark": name, **environment(), **(about or {}), "rows": rows}
@@ -230,12 +243,7 @@ def write(
         kept = [renewed.pop((row["row"], row.get("peer")), row) for row in result["rows"]]
         result["rows"] = rows = kept + list(renewed.values())
     path.write_text(json.dumps(result, indent=1) + "\n")
-    if util.find_spec("matplotlib") is None:
-        print("matplotlib is not installed: no chart")
-    else:
-        (chart or bars)(RESULTS / f"{name}.png", rows)
-    print(f"written to {path}")
-    return path
+    return path, rows
 
 
 def bars(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -298,7 +306,8 @@ def main(
 ) -> None:
     """Command line of a benchmark; ``--child`` is how it runs itself in a process of its own.
 
-    measure: None where nothing runs in a process of its own. peer: the package without which there is no race, None if there is none. options: adds more of the command line.
+    measure: None where nothing runs in a process of its own. peer: the package without which there is no race, None if
+        there is none. options: adds more of the command line.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each row (default 5)")

@@ -6,6 +6,7 @@ in an order that turns around; a side's time in a round is the median of its cal
 
 from __future__ import annotations
 
+import gc
 import platform
 import statistics
 import subprocess
@@ -22,7 +23,8 @@ harness.importable()
 from loadstone.kernels import timing  # noqa: E402
 
 Calls = Mapping[str, Callable[[], Any]]
-_SECONDS_EACH = 0.1  # of one side in one round
+_SECONDS_EACH = 0.05  # of one side in one round
+_TOLERANCE = 0.03  # of a whole tensor in bf16
 _DATA_SHEET = {  # dense bf16 TFLOP/s, from the vendors' data sheets
     "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312,
     "A10G": 70, "A10": 125, "L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307, "MI325X": 1307,
@@ -105,6 +107,17 @@ def _print(row: dict[str, Any], sides: tuple[str, str]) -> None:
             )
 
 
+def refuse_wrong(results: Mapping[str, tuple[torch.Tensor, ...]], failed: dict[str, str], reference: str) -> None:
+    """Note in ``failed`` whose results differ by more than rounding from those of the first side whose name begins with
+    ``reference``: nobody is timed on something else."""
+    expected = next((result for name, result in results.items() if name.startswith(reference)), None)
+    for name, result in results.items() if expected is not None else ():
+        for one, other in zip(result, expected, strict=True):  # type: ignore[arg-type]
+            off, size = float((one - other).float().norm()), float(other.float().norm())
+            if not off <= _TOLERANCE * size:
+                failed[name] = f"computes something else than {reference}: off by {off:.3g} of {size:.3g}"
+
+
 def reason(error: Exception) -> str:
     """An error in one line."""
     lines = str(error).strip().splitlines() or [""]
@@ -149,6 +162,13 @@ def about(place: torch.device, ceiling: Mapping[str, float], missing: Mapping[st
             "data_sheet_flops": data_sheet(place),
         }
     return facts
+
+
+def forget(place: torch.device) -> None:
+    """Give memory back that an earlier case holds, as one that ran out of it may."""
+    gc.collect()
+    if place.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _driver() -> str:

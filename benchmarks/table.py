@@ -10,6 +10,7 @@ from .harness import RESULTS, ROOT
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 NAMES = ("imports", "loading", "forward")
+COMPACT = ("attention_cpu", "ops_cpu", "training_step_cpu")  # one line a row and peer
 
 
 def section() -> str:
@@ -37,7 +38,32 @@ def section() -> str:
         "`python -m benchmarks.imports`, `python -m benchmarks.loading`, `python -m benchmarks.forward`; raw figures "
         "and charts in `benchmarks/results`."
     )
-    return "\n".join([*lines, "", explanation])
+    return "\n".join([*lines, "", explanation, *_compact_section()])
+
+
+def _compact_section() -> list[str]:
+    """The kernels on the CPU: nothing if they have not been measured."""
+    results = [json.loads(path.read_text()) for name in COMPACT if (path := RESULTS / f"{name}.json").exists()]
+    if not results:
+        return []
+    head = (
+        "Attention, the fused operations in their torch form, and a training step on the CPU, fp32. Of each figure the "
+        "ratio, peer / loadstone, with the smallest and largest of the rounds, and both sides: `python -m "
+        "benchmarks.attention`, `python -m benchmarks.ops`, `python -m benchmarks.training_step`, which on a GPU race "
+        "the Triton kernels (not measured yet)."
+    )
+    lines = ["", head, "", "| work | against | ratios |", "|---|---|---|"]
+    return lines + [_line(row) for result in results for row in result["rows"]]
+
+
+def _line(row: dict[str, Any]) -> str:
+    cells = []
+    for figure, value in row.items():
+        if isinstance(value, dict) and value.get("ratio"):
+            low, high = value["spread"]
+            sides = f"{_number(value['loadstone'])} against {_number(value[row['peer']])}"
+            cells.append(f"{figure}: **{value['ratio']:.2f}** ({low:.2f} to {high:.2f}; {sides})")
+    return f"| {row['row']} | {row['peer']} | {row['failed'] if 'failed' in row else '; '.join(cells)} |"
 
 
 def _rows(row: dict[str, Any]) -> list[str]:

@@ -289,7 +289,8 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
     if gradient.dtype == dtype and torch.finfo(dtype).bits >= 32:
-        return gradient * scale if keep else gradient.mul_(scale)
+        in_place = not keep and type(gradient) is Tensor  # a compiler's tensors are of other types; it decides itself
+        return gradient.mul_(scale) if in_place else gradient * scale
     # A scale of no dimensions would be rounded to half precision before it multiplies.
     return torch.mul(gradient, scale.reshape(1), out=torch.empty_like(gradient, dtype=dtype))
 

@@ -130,9 +130,9 @@ class _CrossEntropySum(torch.autograd.Function):
             part = slice(start, start + chunks.step)
             # the kernel of log_softmax is several times faster than that of logsumexp
             share = F.log_softmax(_capped(logits[part], softcap), -1, dtype=torch.float32)
-            torch.gather(share, 1, safe[part, None], out=log_probability[part])
+            log_probability[part] = share.gather(1, safe[part, None])
             if smoothing:
-                torch.mean(share, 1, keepdim=True, out=even[part])
+                even[part] = share.mean(1, keepdim=True)
         smoothed = torch.lerp(log_probability, even, smoothing) if smoothing else log_probability
         return torch.where(counted, -smoothed[:, 0], 0.0).sum(), chosen - log_probability
 

@@ -14,8 +14,8 @@ _FLUSH_BYTES = 256 << 20  # more than the second-level cache of any GPU
 
 
 @lru_cache(maxsize=4)
-def _flusher(kind: str, index: int | None) -> Tensor:
-    return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=torch.device(kind, index))
+def _flusher(device: torch.device) -> Tensor:
+    return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
 
 
 def times(call: Callable[[], Any], device: torch.device, count: int) -> list[float]:
@@ -31,7 +31,7 @@ def times(call: Callable[[], Any], device: torch.device, count: int) -> list[flo
             call()
             seconds.append(time.perf_counter() - start)
         return seconds
-    flusher = _flusher(device.type, device.index)
+    flusher = _flusher(device)
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     with torch.cuda.device(device):
         for start_mark, end_mark in marks:

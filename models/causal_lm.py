@@ -19,6 +19,7 @@ from ..kernels import AUTO, Kernels
 from ..loading.collector import collector_paused
 from . import pretrained
 from .configuration import PreTrainedConfig
+from .head import why_not_fused
 from .outputs import CausalLMOutputWithPast, keep_positions
 
 _Model = TypeVar("_Model", bound="CausalLM")
@@ -109,9 +110,10 @@ class CausalLM(nn.Module):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        skip_logits: bool | None = None,
         **loss_kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Next-token logits, and the loss if labels are given.
+        """Next-token logits, and the loss if labels are given; in training the loss alone.
 
         input_ids: (batch, seq), int64; or inputs_embeds: (batch, seq, hidden_size).
         attention_mask: (batch, past + seq), 1 = keep, padding on either side; or dense (batch, heads, seq, keys).
@@ -122,14 +124,19 @@ class CausalLM(nn.Module):
         labels: (batch, seq), int64, -100 = ignored; shifted inside. loss_kwargs: ``num_items_in_batch``,
             ``shift_labels``, ``ignore_index`` (see `kernels.causal_lm_loss`).
         logits_to_keep: logits for the last n positions only (0: all), or a tensor of positions (`keep_positions`).
+        skip_logits: take the loss without ever holding the logits, which are None then (`linear_cross_entropy`).
+            Default: in training mode with labels, if the head is a plain matrix (`why_not_fused`). False: both.
         Returns a CausalLMOutputWithPast, or the tuple of its set fields if ``return_dict`` is false.
-        Raises ArgumentError for unknown keywords or contradicting inputs; AttentionError for attention weights that
+        Raises ArgumentError for unknown keywords or contradicting inputs, or if logits are to be skipped that are all
+            that is asked for, or cannot be; AttentionError for attention weights that
             the implementation does not hold.
         """
         unknown = [name for name in loss_kwargs if name not in _LOSS_KWARGS]
         if unknown:
             hint = nearest(unknown[0], ("input_ids", "attention_mask", "position_ids", "labels", *_LOSS_KWARGS))
             raise ArgumentError(f"{type(self).__name__}.forward got an unknown argument {unknown[0]!r}{hint}")
+        has_labels = labels is not None or loss_kwargs.get("shift_labels") is not None
+        fused = self._skips_logits(skip_logits, has_labels)
         outputs = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -140,10 +147,15 @@ class CausalLM(nn.Module):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None or loss_kwargs.get("shift_labels") is not None:
-            loss = kernels.causal_lm_loss(logits, labels, **loss_kwargs)
+        hidden_states = keep_positions(outputs.last_hidden_state, logits_to_keep)
+        loss = logits = None
+        if fused:
+            weight: Any = self.lm_head.weight
+            loss = kernels.linear_cross_entropy(hidden_states, weight, labels, kernels=self.kernels, **loss_kwargs)
+        else:
+            logits = self.lm_head(hidden_states)
+            if has_labels:
+                loss = kernels.causal_lm_loss(logits, labels, kernels=self.kernels, **loss_kwargs)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -153,6 +165,14 @@ class CausalLM(nn.Module):
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()  # type: ignore[return-value]
+
+    def _skips_logits(self, asked: bool | None, has_labels: bool) -> bool:
+        if asked is None:
+            return self.training and has_labels and why_not_fused(self.lm_head) is None
+        reason = why_not_fused(self.lm_head) if has_labels else "without labels the logits are all there is to return"
+        if asked and reason is not None:
+            raise ArgumentError(f"skip_logits=True cannot be: {reason}; leave skip_logits out, or pass False")
+        return asked
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Continue prompts; see `loadstone.models.generation.generate` for all options.

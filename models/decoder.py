@@ -124,5 +124,6 @@ class Decoder(nn.Module):
         self.check_length(cache.get_max_length(0) if known is None else known + count)
         if isinstance(start, int):
             return torch.arange(start, start + count, device=device)[None], start + count
+        start = start.to(device)
         positions = (torch.arange(count, device=device) + start)[None]
         return positions, start + count if known is None else known + count

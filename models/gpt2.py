@@ -215,6 +215,7 @@ class GPT2LMHeadModel(CausalLM):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        skip_logits: bool | None = None,
         **loss_kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As `CausalLM.forward`, in the order GPT-2's callers know; token_type_ids (batch, seq) add embeddings."""
@@ -238,5 +239,6 @@ class GPT2LMHeadModel(CausalLM):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,
+            skip_logits=skip_logits,
             **loss_kwargs,
         )

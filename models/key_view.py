@@ -13,8 +13,8 @@ class KeyView:
     """The keys attention will see once the next tokens are in the layer, and where those tokens stand among them.
 
     length: number of keys. first: absolute position of the first; the others follow one by one.
-    newest: () int64, given instead where the keys stand in a ring: the largest position. Position p is at place
-        ``p % length``; which keys are there enforces the window, so the mask needs none.
+    newest: () int64, given instead where the keys stand in a ring: the largest position, until the layer is updated.
+        Position p is at place ``p % length``; which keys are there enforces the window, so the mask needs none.
     query_start, key_start: as in `AttentionMask`.
     past: tokens seen before these; None where only the device knows.
     room: tokens that a cache of fixed memory takes in all, 0 for one that grows.
@@ -32,5 +32,6 @@ class KeyView:
         """(length,) int64: the absolute position of each key; negative for places that nothing was written to."""
         places = torch.arange(self.length, device=device)
         if self.newest is not None:
-            return self.newest - (self.newest - places) % self.length
-        return places + self.first
+            newest = self.newest.to(device)
+            return newest - (newest - places) % self.length
+        return places + (self.first.to(device) if isinstance(self.first, Tensor) else self.first)

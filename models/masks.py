@@ -50,14 +50,18 @@ def build_mask(
     return AttentionMask(
         query_length=query_length,
         key_length=view.length,
-        query_start=view.query_start,
+        query_start=_to(view.query_start, device),
         window=window if view.newest is None else None,
         padding=padding,
         segments=segments,
         dense=dense,
-        key_start=view.key_start,
+        key_start=None if view.key_start is None else view.key_start.to(device),
         device=device,
     )
+
+
+def _to(number: int | Tensor, device: torch.device) -> int | Tensor:
+    return number.to(device) if isinstance(number, Tensor) else number  # a layer may live elsewhere than the inputs
 
 
 def _fit_padding(keep: Tensor, view: KeyView, query_length: int) -> Tensor:

@@ -74,7 +74,8 @@ class BaseModelOutputWithPast(ModelOutput):
 
 
 class CausalLMOutputWithPast(ModelOutput):
-    """loss: scalar, fp32. logits: (batch, kept, vocab_size). past_key_values: the cache, if one is in use.
+    """loss: scalar, fp32. logits: (batch, kept, vocab_size), None where the loss was taken without them (training, see
+    ``skip_logits`` of `CausalLM.forward`). past_key_values: the cache, if one is in use.
     hidden_states, attentions: as in `BaseModelOutputWithPast`."""
 
     loss: Tensor | None = None

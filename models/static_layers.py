@@ -246,10 +246,8 @@ class StaticSlidingLayer(StaticLayer):
             return KeyView(query_length, room=self.max_cache_len)
         past, room = self.known_length(), self.max_cache_len
         if query_length == 1:
-            newest = self._seen().clone()  # masks are built after the layer has moved on
-            return KeyView(
-                self.window, newest=newest, query_start=newest.clamp(max=self.window - 1), past=past, room=room
-            )
+            seen = self._seen()
+            return KeyView(self.window, newest=seen, query_start=seen.clamp(max=self.window - 1), past=past, room=room)
         first = self._seen() - self.window
         return KeyView(
             self.window + query_length,

@@ -279,3 +279,94 @@ def test_small_displays() -> None:
     assert sparkline([3.0, 2.0, 1.0]) == "█▅▁"
     assert len(sparkline([float(i) for i in range(1000)], width=40)) == 40
     assert [count(n) for n in (7, 1500, 1_179_360, 70_553_706_496)] == ["7", "1.5 k", "1.18 M", "70.6 B"]
+
+
+# tune and bench
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune")
+def test_tune_without_a_gpu_is_one_line(tmp_path: Path) -> None:
+    environment = {**os.environ, "LOADSTONE_CACHE": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "loadstone", "tune"], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("loadstone: error: block sizes are tuned on the GPU")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The CPU and Triton's interpreter count as a GPU, on which fewer warps are faster."""
+    from loadstone.kernels import search, tuning
+
+    def timer(call: Any) -> float:
+        call()
+        sizes = tuning._tried["rotary", "any"]
+        return 1.0 + sizes["num_warps"] + (sizes["BLOCK"] != 256)
+
+    def forget() -> None:
+        tuning.tuned_table.cache_clear()
+        tuning._blocks.cache_clear()
+
+    monkeypatch.setenv("LOADSTONE_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "_device_name", lambda kind, index: "Test GPU")
+    monkeypatch.setattr(search, "gpu_to_tune", lambda index: torch.device("cpu"))
+    monkeypatch.setattr(search, "gpu_timer", lambda device: timer)
+    monkeypatch.setitem(tuning.shipped_table("interpreter")["rotary"], "any", {"BLOCK": 256, "num_warps": 2})
+    forget()
+    yield tuning.tuned_path("Test GPU")
+    forget()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="drives the search through Triton's interpreter")
+def test_tune_prints_and_keeps_what_it_finds(run: Any, gpu: Path) -> None:
+    status, out, _ = run("tune", "--kernel", "rotary", "--dry-run")
+    assert status == 0
+    assert "nothing is kept" in out
+    assert not gpu.exists()
+    status, out, _ = run("tune", "--kernel", "rotary", "--quick")
+    assert status == 0
+    assert "BLOCK=256 num_warps=2" in out
+    assert "BLOCK=256 num_warps=1" in out
+    assert "1.50 times as fast" in out
+    assert f"1 of 1 faster, kept in {gpu}" in out
+    assert json.loads(gpu.read_text())["kernels"] == {"rotary": {"any": {"BLOCK": 256, "num_warps": 1}}}
+    facts = json.loads(run("tune", "--kernel", "rotary", "--json")[1])
+    assert facts["kept_in"] == str(gpu)
+    assert [result["improved"] for result in facts["results"]] == [False]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="drives the search through Triton's interpreter")
+def test_tune_says_what_it_does_not_know(run: Any, gpu: Path) -> None:
+    status, _, err = run("tune", "--kernel", "rotery")
+    assert status == 2
+    assert "did you mean 'rotary'" in err
+    assert run("tune", "--kernel", "rotary", "--shape-class", "d64-16")[0] == 2
+    gpu.parent.mkdir(parents=True)
+    gpu.write_text("{")
+    status, _, err = run("tune", "--kernel", "rotary")
+    assert status == 2
+    assert str(gpu) in err
+
+
+def test_every_benchmark_of_the_command_is_a_script() -> None:
+    from loadstone.cli.main import BENCHMARKS
+
+    folder = Path(__file__).parents[1] / "benchmarks"
+    there = {file.stem.replace("_", "-") for file in folder.glob("*.py") if "harness.main(" in file.read_text()}
+    assert set(BENCHMARKS) == there - {"harness"}
+
+
+def test_bench_runs_from_the_checkout_with_its_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "first-call", "--help"]) == 0
+    assert "python -m benchmarks.first_call" in capfd.readouterr().out
+    assert main(["bench", "first-call", "--rounds", "many"]) == 2
+    assert "invalid int value" in capfd.readouterr().err
+    monkeypatch.setattr("loadstone.cli.bench.ROOT", tmp_path)
+    assert main(["bench", "attention", "--quick"]) == 2
+    assert "python -m benchmarks.attention" in capfd.readouterr().err

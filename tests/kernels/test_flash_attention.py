@@ -300,3 +300,11 @@ def test_double_backward_is_refused() -> None:
     )
     with pytest.raises(RuntimeError, match="differentiat"):
         gradient.sum().backward()
+
+
+def test_bf16_products_in_the_interpreter_are_wrong() -> None:
+    """Why bf16 is drawn nowhere above: Triton's interpreter multiplies its raw bits. When this fails, it has been
+    mended, and bf16 belongs into these tests."""
+    query, key, value = (torch.randn(1, 1, 16, 16).bfloat16() for _ in range(3))
+    output = flash_attention(query, key, value, kernels=TRITON).double()
+    assert not largest(output, attend(query, key, value, {}, wide=True)[0]) < 0.1

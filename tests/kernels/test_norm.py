@@ -97,6 +97,16 @@ def test_rounds_where_torch_rounds() -> None:
         assert (ours != torchs).sum() <= 2  # where fp32 sums in another order fall on the other side of a tie
 
 
+@pytest.mark.parametrize("hidden_size", [40, 100])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_norm_is_that_of_the_rounded_sum(dtype: torch.dtype, hidden_size: int) -> None:
+    x, residual, weight, bias, eps = arguments(add_layer_norm, (7,), hidden_size, dtype)
+    out, total = add_rms_norm(x, residual, weight, eps, kernels=TRITON)
+    assert torch.equal(out, rms_norm(total, weight, eps, kernels=TRITON))
+    out, total = add_layer_norm(x, residual, weight, bias, eps, kernels=TRITON)
+    assert torch.equal(out, layer_norm(total, weight, bias, eps, kernels=TRITON))
+
+
 @pytest.mark.parametrize("call", FORMULAS)
 def test_statistics_stay_exact_far_from_zero(call: Any) -> None:
     for hidden_size in (60, 200):

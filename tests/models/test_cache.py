@@ -4,70 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from cache_reference import HEADS, MODES, OPERATION, WIDTH, Reference, Shape, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from loadstone.errors import GenerationError
-from loadstone.models import static_layers
 from loadstone.models.cache import Cache, DynamicCache, StaticCache
 from loadstone.models.cache_layers import DynamicLayer
-from loadstone.models.masks import build_mask
-
-HEADS, WIDTH, VALUE_WIDTH = 2, 3, 5
-
-
-@dataclass
-class Shape:
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 4
-    num_key_value_heads: int = HEADS
-    head_dim: int = WIDTH
-    sliding_window: int | None = None
-    layer_types: list[str] | None = None
-
-
-def tokens(batch: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    key = torch.randn(batch, HEADS, count, WIDTH, generator=generator)
-    # as a projection gives it: heads and positions transposed
-    value = torch.randn(batch, count, HEADS, VALUE_WIDTH, generator=generator).transpose(1, 2)
-    return key, value
-
-
-class Reference:
-    """Holds everything ever appended; knows what a window shows."""
-
-    def __init__(self, window: int | None) -> None:
-        self.window = window
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        return 0 if self.key is None else self.key.shape[2]
-
-    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
-        before = self.length
-        self.key = key if self.key is None else torch.cat((self.key, key), 2)
-        self.value = value if self.value is None else torch.cat((self.value, value), 2)
-        first = 0 if self.window is None else max(0, before - (self.window - 1))
-        return self.key[:, :, first:], self.value[:, :, first:], first
-
-    def crop(self, count: int) -> None:
-        assert self.key is not None
-        assert self.value is not None
-        self.key, self.value = self.key[:, :, : self.length - count], self.value[:, :, : self.length - count]
-
-    def select(self, rows: Tensor) -> None:
-        assert self.key is not None
-        assert self.value is not None
-        self.key, self.value = self.key[rows], self.value[rows]
 
 
 def check_held(layer: Any, reference: Reference) -> None:
@@ -75,19 +23,6 @@ def check_held(layer: Any, reference: Reference) -> None:
     if reference.key is not None and layer.keys is not None:
         assert torch.equal(layer.keys, reference.key[:, :, reference.length - held :])
         assert torch.equal(layer.values, reference.value[:, :, reference.length - held :])
-
-
-OPERATION = st.one_of(
-    st.tuples(st.just("update"), st.integers(1, 12)),
-    st.tuples(st.just("update"), st.just(1)),
-    st.tuples(st.just("update"), st.just(1)),
-    st.tuples(st.just("crop"), st.integers(1, 4)),
-    st.tuples(st.just("select"), st.lists(st.integers(0, 7), min_size=1, max_size=4)),
-    st.tuples(st.just("repeat"), st.integers(1, 3)),
-    st.tuples(st.just("mode"), st.sampled_from(["grad", "no_grad", "inference"])),
-    st.tuples(st.just("copy"), st.sampled_from(["deepcopy", "pickle"])),
-)
-MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 
 
 @settings(max_examples=150, deadline=None)
@@ -145,162 +80,6 @@ def test_any_sequence_equals_concatenation(
         assert cache.get_seq_length() == cache.get_seq_length(1) == references[0].length
         for layer, reference in zip(cache.layers, references, strict=True):
             check_held(layer, reference)
-
-
-def check_shown(
-    cache: Cache, window: int | None, key: Tensor, value: Tensor, reference: Reference, layer_idx: int
-) -> None:
-    """Update a layer; through the mask each query sees what it sees of everything ever appended, in order."""
-    batch, past, count = key.shape[0], reference.length, key.shape[2]
-    mask = build_mask(torch.zeros(batch, count, 1), None, None, cache, window=window, layer_idx=layer_idx)
-    view = cache.key_view(count, layer_idx)
-    positions = view.positions(torch.device("cpu"))
-    keys, values = cache.update(key, value, layer_idx)
-    reference.update(key, value)
-    assert reference.key is not None
-    assert reference.value is not None
-    assert keys.shape[2] == values.shape[2] == mask.key_length == view.length
-    assert torch.isfinite(keys).all()
-    assert torch.isfinite(values).all()
-    allowed = mask.allowed()
-    for query in range(count):
-        place = past + query
-        rows = torch.ones(view.length, dtype=torch.bool) if allowed is None else allowed[0, 0, query]
-        order = rows.nonzero()[:, 0][positions[rows].argsort()]
-        first = 0 if window is None else max(0, place - window + 1)
-        assert torch.equal(keys[:, :, order], reference.key[:, :, first : place + 1])
-        assert torch.equal(values[:, :, order], reference.value[:, :, first : place + 1])
-
-
-STATIC_OPERATION = st.one_of(
-    OPERATION, st.tuples(st.just("captured"), st.integers(1, 3)), st.tuples(st.just("reset"), st.none())
-)
-
-
-@tiny.examples(150)
-@given(st.one_of(st.none(), st.integers(1, 9)), st.lists(STATIC_OPERATION, min_size=1, max_size=30), st.booleans())
-def test_any_sequence_on_a_static_cache_equals_concatenation(
-    window: int | None, operations: list[tuple[str, Any]], allocated: bool
-) -> None:
-    """Also where steps are captured in a CUDA graph, as far as the host is concerned, and in every mode."""
-    room = 40
-    config = Shape(sliding_window=window, head_dim=WIDTH)
-    cache: Cache = StaticCache(config, room)
-    if allocated:
-        for layer in cache.layers:
-            layer.allocate(torch.empty(2, HEADS, 0, WIDTH), torch.empty(2, HEADS, 0, VALUE_WIDTH))
-    references = [Reference(window), Reference(window)]
-    generator = torch.Generator().manual_seed(0)
-    batch, mode = 2, "no_grad"
-    for name, argument in operations:
-        length = references[0].length
-        with MODES[mode]():
-            if name == "mode" and argument != "grad":
-                mode = argument
-            elif name == "copy":
-                cache = copy.deepcopy(cache) if argument == "deepcopy" else pickle.loads(pickle.dumps(cache))
-            elif name == "reset":
-                cache.reset()
-                references = [Reference(window), Reference(window)]
-            elif name == "update" and length + argument > room:
-                for index in range(2):
-                    with pytest.raises(GenerationError, match="room for 40 tokens"):
-                        cache.update(*tokens(batch, argument, generator), index)
-            elif name == "update" or (name == "captured" and cache.batch_size >= 0 and length + argument <= room):
-                with pytest.MonkeyPatch.context() as patch:
-                    if name == "captured":
-                        patch.setattr(static_layers, "_capturing", lambda: True)
-                    for index, reference in enumerate(references):
-                        check_shown(cache, window, *tokens(batch, argument, generator), reference, index)
-            elif name == "crop" and length:
-                count = min(argument, length)
-                try:
-                    cache.crop(-count)
-                except GenerationError:
-                    assert window is not None
-                    assert length > window
-                else:
-                    for reference in references:
-                        reference.crop(count)
-            elif name == "select" and length:
-                rows = torch.tensor(argument) % batch
-                cache.reorder_cache(rows)
-                for reference in references:
-                    reference.select(rows)
-                batch = len(rows)
-        if length == 0 and batch != 2:  # the memory has the old number of rows
-            return
-        assert cache.get_seq_length() == cache.get_seq_length(1) == references[0].length
-
-
-def test_static_memory_is_fixed() -> None:
-    static = StaticCache(Shape(head_dim=WIDTH), 16, batch_size=2, dtype=torch.float32)
-    layer = static.layers[0]
-    pointers = (layer.keys.data_ptr(), layer.seen.data_ptr())
-    generator = torch.Generator().manual_seed(0)
-    for step in range(16):
-        with torch.no_grad() if step % 2 else torch.inference_mode():
-            key = torch.randn(2, HEADS, 1, WIDTH, generator=generator)
-            keys, _ = static.update(key, key, 0)
-            assert keys.shape == (2, HEADS, 16 if step else 1, WIDTH)
-            assert (layer.keys.data_ptr(), layer.seen.data_ptr()) == pointers
-    with torch.no_grad():
-        static.reorder_cache(torch.tensor([1, 1]))
-        assert torch.equal(layer.keys[0], layer.keys[1])
-        static.crop(10)
-        assert static.get_seq_length() == int(layer.seen) == 10
-        static.reset()
-        assert static.get_seq_length() == int(layer.seen) == 0
-    assert (layer.keys.data_ptr(), layer.seen.data_ptr()) == pointers
-    sliding = StaticCache(Shape(sliding_window=4), 100, batch_size=2)
-    assert sliding.layers[0].keys.shape[2] == 4
-    assert sliding.get_max_length() == 100
-    assert sliding.is_sliding == [True, True]
-    assert StaticCache(Shape(sliding_window=90), 100).is_sliding == [False, False]  # a ring would save too little
-
-
-def test_a_ring_is_not_cropped_once_it_has_turned() -> None:
-    generator = torch.Generator().manual_seed(0)
-    static = StaticCache(Shape(sliding_window=4), 100)
-    with torch.no_grad():
-        for index in range(2):
-            static.update(*tokens(1, 4, generator), index)
-        static.crop(-1)
-        for index in range(2):
-            static.update(*tokens(1, 3, generator), index)
-    with pytest.raises(GenerationError, match="layer 0 has a sliding window"):
-        static.crop(-1)
-    assert static.get_seq_length() == 6
-
-
-def test_the_host_does_not_ask_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The steps of a static cache wait for nothing, while the host runs them all."""
-    generator = torch.Generator().manual_seed(0)
-    for window in (None, 4):
-        cache = StaticCache(Shape(sliding_window=window), 30)
-        with torch.no_grad(), monkeypatch.context() as patch:
-            for name in ("item", "__int__", "__bool__", "__index__", "tolist", "cpu"):
-                patch.setattr(Tensor, name, lambda *_: pytest.fail("a step asked the device"))
-            for count in (5, 1, 3, 1):
-                mask = torch.ones(1, cache.get_seq_length() + count)
-                for index in range(2):
-                    build_mask(torch.zeros(1, count, 1), mask, None, cache, window=window, layer_idx=index).allowed()
-                    cache.update(*tokens(1, count, generator), index)
-
-
-def test_what_does_not_fit_a_static_cache() -> None:
-    static = StaticCache(Shape(), 8, batch_size=2)
-    key = torch.zeros(2, HEADS, 1, WIDTH)
-    for wrong in (key[:1], key.double(), key[:, :1], key[..., :2]):
-        with pytest.raises(GenerationError, match="build it with the model's dtype"):
-            static.update(wrong, wrong, 0)
-
-
-def test_a_capture_needs_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static_layers, "_capturing", lambda: True)
-    for window in (None, 4):
-        with pytest.raises(GenerationError, match="a CUDA graph needs a cache that is allocated"):
-            StaticCache(Shape(sliding_window=window), 30).key_view(1)
 
 
 @pytest.mark.parametrize("window", [None, 16, 1000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from loadstone import DynamicCache, StaticCache
 from loadstone.errors import ArgumentError, GenerationError
+from loadstone.models import static_layers
 
 kinds = pytest.mark.parametrize("kind", tiny.KINDS)
 both = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -221,6 +223,40 @@ def test_a_full_cache() -> None:
             model(tokens(1, 1), past_key_values=cache)
         with pytest.raises((IndexError, RuntimeError), match=r"index|range"):
             step(tokens(1, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("taken", [3, 12])
+def test_memory_allocated_by_a_compiled_step_in_inference_mode(taken: int) -> None:
+    """It can be written to outside of that mode, cropped and reset."""
+    model = one_layer("llama", "sdpa")
+    step, ids, cache = compiled(model, "aot_eager")[0], tokens(2, 12), StaticCache(model.config, ROOM)
+    with torch.inference_mode():
+        step(ids, past_key_values=cache)
+    with torch.no_grad():
+        if taken == 12:
+            cache.reset()
+        else:
+            cache.crop(-taken)
+        got = model(ids[:, 12 - taken :], past_key_values=cache).logits
+        torch.testing.assert_close(got, model(ids).logits[:, 12 - taken :], **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_compiler_does_not_believe_a_captured_cache_empty(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays of a CUDA graph pass the host by, also the first ones after a reset."""
+    model = one_layer(kind, "sdpa")
+    step, ids, cache = compiled(model)[0], tokens(2, 12), StaticCache(model.config, ROOM)
+    with torch.no_grad():
+        model(ids[:, :1], past_key_values=cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(static_layers, "_capturing", lambda: True)
+            model(ids[:, :1], past_key_values=cache)
+        cache.reset()
+        host = copy.copy(vars(cache.layers[0]))
+        model(ids[:, :4], past_key_values=cache)  # stands for replays
+        vars(cache.layers[0]).update(host)
+        got = step(ids[:, 4:], past_key_values=cache).logits
+        torch.testing.assert_close(got, model(ids).logits[:, 4:], **CLOSE)
 
 
 @kinds

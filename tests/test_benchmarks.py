@@ -1,0 +1,282 @@
+"""The benchmarks: what they count, that nothing wrong is timed, and that each runs and writes its results."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import examples
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+def module(name: str) -> Any:
+    """A module of the benchmarks, which are no part of the package, without the repository's root on the path."""
+    if "benchmarks" not in sys.modules:
+        package = types.ModuleType("benchmarks")
+        package.__path__ = [str(ROOT / "benchmarks")]
+        sys.modules["benchmarks"] = package
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def run(name: str, results: Path, *arguments: str, without: tuple[str, ...] = ()) -> str:
+    """`python -m benchmarks.<name>` on the CPU; ``without``: packages that are not there."""
+    (results / "sitecustomize.py").write_text(
+        "from importlib.machinery import PathFinder\n"
+        "find = PathFinder.find_spec\n"
+        "def find_some(name, path=None, target=None):\n"
+        f"    return None if name.split('.')[0] in {without!r} else find(name, path, target)\n"
+        "PathFinder.find_spec = find_some\n"
+    )
+    environment = {**os.environ, "LOADSTONE_BENCH_RESULTS": str(results), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"PYTHONPATH": str(results), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# What is counted
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.booleans(), st.none() | st.integers(1, 70))
+@examples(60)
+def test_visible_pairs(queries: int, keys: int, causal: bool, window: int | None) -> None:
+    places = torch.arange(keys - queries, keys)[:, None]
+    column = torch.arange(keys)
+    seen = torch.ones(queries, keys, dtype=torch.bool)
+    if causal:
+        seen = column <= places
+        if window is not None:
+            seen &= column > places - window
+    assert module("counts").visible_pairs(queries, keys, causal, window) == int(seen.sum())
+
+
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 17)])
+def test_pairs_are_those_that_attention_sees(causal: bool, window: int | None) -> None:
+    """By the kernel's own reference: with values of one, a row's log-sum-exp of equal scores counts its keys."""
+    from loadstone.kernels import flash_attention
+
+    query, key = torch.zeros(1, 1, 40, 16), torch.zeros(1, 1, 64, 16)
+    _, lse = flash_attention(query, key, key, causal=causal, window=window, return_lse=True)
+    assert float(lse.double().exp().sum()) == pytest.approx(
+        module("counts").visible_pairs(40, 64, causal, window), 1e-5
+    )
+
+
+def test_flops_are_those_of_torchs_counter() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts = module("counts")
+    query = torch.randn(2, 3, 32, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        weights = torch.softmax(query @ torch.randn(2, 3, 16, 48), -1)
+        output = weights @ torch.randn(2, 3, 48, 16)
+    pairs = counts.visible_pairs(32, 48)
+    assert counts.attention_flops(2, 3, 16, pairs) == counter.get_total_flops()
+    assert counts.attention_flops(2, 3, 16, pairs, backward=True) == 2.5 * counter.get_total_flops()
+    assert output.shape == query.shape
+
+
+def test_training_flops_are_those_of_a_real_step() -> None:
+    """Against torch's count of a step without causality: half of attention's work is what differs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from loadstone import LlamaConfig, LlamaForCausalLM
+
+    training, counts = module("training_step"), module("counts")
+    work = {"shape": training.TINY, "batch": 2, "length": 32}
+    model = LlamaForCausalLM(LlamaConfig(**training.TINY, attn_implementation="eager"))
+    ids = torch.randint(0, 512, (2, 32))
+    with FlopCounterMode(display=False) as counter:
+        model(ids).logits.sum().backward()
+    heads, layers = training.TINY["num_attention_heads"], training.TINY["num_hidden_layers"]
+    square = 3 * layers * counts.attention_flops(2, heads, 8, 32 * 32)
+    causal = 3 * layers * counts.attention_flops(2, heads, 8, counts.visible_pairs(32, 32, causal=True))
+    counted = training.flops(work) - causal + square
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)  # the first layer's input needs no gradient
+
+
+def test_decode_bytes() -> None:
+    tensors = [torch.empty(3, 8, 100, 64), torch.empty(3, 8, 100, 64), *(torch.empty(3, 32, 1, 64) for _ in range(2))]
+    assert module("counts").decode_bytes(3, 32, 8, 64, 100, 4) == sum(t.numel() * t.itemsize for t in tensors)
+
+
+# What is raced
+
+
+def test_the_grid_is_what_was_promised() -> None:
+    cases = list(module("attention").gpu_cases(quick=False))
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names)
+    passes = [case for case in cases if case.what != "decode"]
+    assert {case.queries for case in passes} == {512, 1024, 2048, 4096, 8192, 16384, 32768}
+    assert {case.head_dim for case in passes} == {64, 128}
+    assert all(case.heads * case.head_dim == 2048 for case in passes)
+    assert all(case.batch * case.queries == max(16384, case.queries) for case in passes)
+    assert {case.heads // case.kv_heads for case in passes} == {1, 4}
+    assert {case.window for case in passes} == {None, 4096}
+    decode = [case for case in cases if case.what == "decode"]
+    assert (min(case.keys for case in decode), max(case.keys for case in decode)) == (1024, 131072)
+
+
+def masked(case: Any, place: torch.device) -> Any:
+    mask = module("attention_peers")._window_mask(case, place)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return lambda query, key, value: attend(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="races the GPU's sides in Triton's interpreter")
+@pytest.mark.parametrize("what", ["forward", "backward", "decode", "window"])
+def test_the_sides_of_a_gpu_compute_the_same(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, peers = module("attention"), module("attention_peers")
+    sides = {name: make for name, make in peers.on_gpu().items() if name != "flex"}
+    if what == "window":  # the mask that torch's efficient kernel gets on a GPU, by whatever runs here
+        sides = {"loadstone": sides["loadstone"], "sdpa": masked}
+    monkeypatch.setattr(peers, "on_cpu", lambda case: sides)
+    queries, window = (1 if what == "decode" else 24), (9 if what == "window" else None)
+    case = peers.Case("forward" if window else what, 1, 4, 2, queries, 24, 16, True, window)
+    rows = attention.race(case, CPU, 1, [], {"copy, B/s": 1e9, "matmul, FLOP/s": 1e9})
+    raced = [row for row in rows if "seconds" in row]
+    assert [row["peer"] for row in raced] == (["sdpa"] if window else ["sdpa flash"])
+    assert {row["peer"] for row in rows if "failed" in row} == (set() if window else {"sdpa cudnn", "sdpa efficient"})
+    unit = "GB/s" if what == "decode" else "TFLOP/s"
+    assert raced[0][unit]["loadstone"] > 0
+    json.dumps(rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="races the GPU's sides on the CPU")
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "apply_rotary",
+                                  "gated silu", "gated gelu", "linear_cross_entropy"])  # fmt: skip
+def test_operations_compute_the_same_as_written_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops, cases = module("ops"), module("ops_cases")
+    monkeypatch.setattr(ops, "_peak", lambda call, place: 1.0)
+    kept = {side: make for side, make in cases.sides(cases.BY_NAME[name], True).items() if side != "torch.compile"}
+    monkeypatch.setattr(ops, "sides", lambda operation, on_gpu: kept)
+    for mode in ops.MODES:
+        rows = ops.race_on_gpu(cases.BY_NAME[name], mode, CPU, 1, 1e9, True)
+        assert [row["peer"] for row in rows] == ["eager"]
+        assert rows[0]["memory, MB"]["ratio"] == 1.0
+        assert ("of a copy" in rows[0]) == (name != "linear_cross_entropy")
+
+
+def test_all_operations_with_kernels_are_raced() -> None:
+    from loadstone import kernels
+
+    raced = {name.split()[0] for name in module("ops_cases").BY_NAME}
+    assert set(kernels.operations()) - raced <= {"flash_attention", "cross_entropy"}
+
+
+def test_bytes_of_an_operation_are_those_of_its_tensors() -> None:
+    """Forward: what goes in and what comes out, but for the vectors that every row shares."""
+    cases = module("ops_cases")
+    place = cases.Place(CPU, quick=True)
+    for operation in cases.OPERATIONS:
+        if operation.forward:
+            differentiable, others = operation.inputs(place)
+            outputs = operation.eager(*differentiable, *others)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            wide = [tensor for tensor in (*differentiable, *outputs) if tensor.dim() > 1]
+            assert operation.moved(differentiable, backward=False) == sum(t.numel() * t.itemsize for t in wide)
+
+
+def test_wrong_results_are_not_timed() -> None:
+    side_by_side = module("side_by_side")
+    right, failed = (torch.randn(50),), {}
+    results = {"loadstone": (right[0] * 1.5,), "sdpa flash": right, "other": (right[0] * torch.nan,), "close": right}
+    side_by_side.refuse_wrong(results, failed, "sdpa")
+    assert set(failed) == {"loadstone", "other"}
+    rows = side_by_side.rows("name", {}, {"sdpa flash": [1.0], "close": [1.0]}, failed, lambda seconds: {})
+    assert {row["peer"] for row in rows} == {"loadstone", "other"}
+    with pytest.raises(SystemExit, match="computes something else"):
+        side_by_side.exit_if_ours_failed(rows)
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    found = module("harness").compared([(1.0, 2.0), (10.0, 30.0), (2.0, 2.0)], ("loadstone", "peer"))
+    assert found == {"loadstone": 2.0, "peer": 2.0, "ratio": 2.0, "spread": [1.0, 3.0]}
+    assert module("harness").compared([(0.0, 2.0)], ("loadstone", "peer"))["ratio"] is None
+
+
+def test_renewed_rows_replace_those_of_the_same_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = module("harness")
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    nothing: Any = lambda path, rows: None  # noqa: E731
+    harness.write("x", [{"row": "a", "peer": p, "value": 1} for p in "pq"] + [{"row": "b", "value": 1}], chart=nothing)
+    harness.write("x", [{"row": "a", "peer": "q", "value": 2}], merge=True, chart=nothing)
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert [(row["row"], row.get("peer"), row["value"]) for row in rows] == [
+        ("a", "p", 1),
+        ("a", "q", 2),
+        ("b", None, 1),
+    ]
+
+
+def test_the_chart_of_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    attention = module("attention")
+    rows = []
+    for case in attention.gpu_cases(quick=True):
+        unit = "GB/s" if case.what == "decode" else "TFLOP/s"
+        rows.append({"row": case.name, "work": case.to_dict(), unit: {"loadstone": 300.0, "sdpa flash": 310.0}})
+    attention.lines(tmp_path / "chart.png", rows)
+    assert (tmp_path / "chart.png").stat().st_size > 10_000
+
+
+# Each script
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("attention", ()), ("ops", ("--only", "apply_rotary")), ("training_step", ()), ("first_call", ())],
+)
+def test_quick_runs_write_their_results(name: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """With torch alone: no peer, no matplotlib."""
+    out = run(
+        name, tmp_path, "--quick", *arguments, without=("transformers", "liger_kernel", "matplotlib", "flash_attn")
+    )
+    assert "no GPU" in out
+    result = json.loads((tmp_path / f"{name}_cpu.json").read_text())
+    assert result["rows"]
+    assert {"date", "commit", "versions", "machine", "ceilings"} <= set(result)
+    assert all("failed" not in row for row in result["rows"])
+    if name == "training_step":
+        assert "transformers" in result["missing"]
+        assert [row["peer"] for row in result["rows"]] == ["loadstone, torch operations"]
+    assert {path.name for path in tmp_path.glob("*.*")} == {f"{name}_cpu.json", "sitecustomize.py"}
+
+
+def test_races_against_transformers_say_when_it_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"loadstone\[bench\]"):
+        run("imports", tmp_path, without=("transformers",))
+
+
+def test_the_table_shows_every_result_it_is_made_of() -> None:
+    table = module("table")
+    section = table.section()
+    for name in (*table.NAMES, *table.COMPACT):
+        path = ROOT / "benchmarks" / "results" / f"{name}.json"
+        assert path.exists() or name in table.COMPACT
+        for row in json.loads(path.read_text())["rows"] if path.exists() else ():
+            assert row["row"] in section
+
+
+def test_a_line_of_the_table_has_both_sides_and_the_spread() -> None:
+    line = module("table")._line
+    ratio = {"loadstone": 0.5, "eager": 1.0, "ratio": 2.0, "spread": [1.5, 2.5]}
+    row = {"row": "rms_norm", "peer": "eager", "work": {}, "forward, s": ratio, "GB/s": {"loadstone": 1, "eager": 2}}
+    assert line(row) == "| rms_norm | eager | forward, s: **2.00** (1.50 to 2.50; 0.5 against 1) |"
+    assert line({"row": "x", "peer": "flex", "failed": "why"}) == "| x | flex | why |"
