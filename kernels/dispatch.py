@@ -30,9 +30,10 @@ class _Implementation:
     supports: Supports | None = None
 
 
-# Operation -> name -> implementation. A Triton implementation is named by its module until it is first wanted, for
-# importing it imports triton.
+# Operation -> name -> implementation. The Triton ones have a table of their own, filled when one is first wanted, for
+# importing them imports triton; compilers hold a table to be what it was when they first looked at it.
 _TABLE: dict[str, dict[str, _Implementation]] = {}
+_TRITON: dict[str, _Implementation] = {}
 _TRITON_HOMES: dict[str, str] = {}
 
 
@@ -85,14 +86,17 @@ def _check_operation(operation: str) -> None:
         )
 
 
-def _implementation(operation: str, name: str) -> _Implementation | None:
-    """The implementation called ``name``, imported if need be; None if the operation has none of that name."""
-    found = _TABLE[operation].get(name)
-    if found is None and name == "triton" and operation in _TRITON_HOMES:
+def _import_triton(operation: str) -> bool:
+    """Put the Triton implementation of an operation into its table, if it is not there yet."""
+    if operation not in _TRITON:
         module = import_module(f".fused.{_TRITON_HOMES[operation]}", __package__)
-        found = _Implementation(getattr(module, operation), getattr(module, f"supports_{operation}"))
-        _TABLE[operation]["triton"] = found
-    return found
+        supports = getattr(module, f"supports_{operation}")
+        _TRITON[operation] = _Implementation(getattr(module, operation), supports)
+    return True
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: it calls this instead of tracing it.
+_import_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ class Kernels:
     def name_of(self, operation: str) -> str:
         """What was asked for an operation: "auto" or the name of an implementation."""
         name = self.choices.get(operation, self.default)
-        return name if name in BUILT_IN or name in _TABLE[operation] else "auto"
+        known = name == "triton" and operation in _TRITON_HOMES
+        return name if known or name in ("auto", "torch") or name in _TABLE[operation] else "auto"
 
     def require(self, device: torch.device | None = None) -> Kernels:
         """This selection, if it can run. Raises KernelError if Triton was asked for and ``device`` (None: any device
@@ -159,17 +164,17 @@ def dispatch(kernels: Kernels, operation: str, tensor: Tensor, *arguments: Any) 
 
     Raises KernelError if an implementation asked for by name cannot run there or does not take the arguments.
     """
-    row = _TABLE[operation]
-    name = kernels.name_of(operation)
-    if name == "torch" or (name == "auto" and not (operation in _TRITON_HOMES and support.prefers(tensor.device))):
-        return row["torch"].function(tensor, *arguments)
-    found = _implementation(operation, "triton" if name == "auto" else name)
-    if found is None:  # "triton", for an operation that is torch's alone
-        return row["torch"].function(tensor, *arguments)
-    if name == "triton" and (reason := support.why_not(tensor.device)) is not None:
-        raise KernelError(f"kernels='triton' was asked for and cannot run {operation}: {reason}. Pass kernels='auto'")
+    asked = kernels.name_of(operation)
+    name = kernels.chosen(operation, tensor.device) if asked == "auto" else asked
+    if name == "triton":
+        if (reason := support.why_not(tensor.device)) is not None:
+            raise KernelError(
+                f"kernels='triton' was asked for and cannot run {operation}: {reason}. Pass kernels='auto'"
+            )
+        _import_triton(operation)
+    found = _TRITON[operation] if name == "triton" else _TABLE[operation][name]
     if found.supports is not None and (reason := found.supports(tensor, *arguments)) is not None:
-        if name == "auto":
-            return row["torch"].function(tensor, *arguments)
-        raise KernelError(f"kernel {name!r} of {operation} cannot take this: {reason}. Pass kernels='auto'")
+        if asked != "auto":
+            raise KernelError(f"kernel {name!r} of {operation} cannot take this: {reason}. Pass kernels='auto'")
+        found = _TABLE[operation]["torch"]
     return found.function(tensor, *arguments)

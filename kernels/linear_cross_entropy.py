@@ -216,9 +216,14 @@ def _accumulate(total: Tensor, grad_logits: Tensor, states: Tensor, first: bool)
     elif _sums_in_fp32(states.device, states.dtype):
         beta = 0 if first else 1
         torch.addmm(total, grad_logits.t(), states, beta=beta, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
-    else:  # the product is rounded once, to the dtype in which an unfused head would have its gradient
-        product = torch.mm(grad_logits.t(), states)
-        total.copy_(product) if first else total.add_(product)
+    else:  # the product is rounded, to the dtype in which an unfused head would have its gradient
+        # fp16 ends at 65504, which the sum over a chunk, not divided by its count yet, could pass
+        unit = 2.0 ** (states.shape[0] - 1).bit_length() if states.dtype == torch.float16 else 1.0
+        product = torch.mm(grad_logits.t(), states if unit == 1.0 else states / unit)
+        if first:
+            total.copy_(product).mul_(unit)
+        else:
+            total.add_(product, alpha=unit)
 
 
 @lru_cache(maxsize=16)
@@ -322,7 +327,8 @@ def _torch_rows(
     known = ((targets >= 0) & (targets < vocabulary))[:, None]
     safe = torch.where(known, targets[:, None], 0)
     expected = torch.where(known, 1.0 - label_smoothing, torch.nan)
-    on_cpu = logits.device.type == "cpu"  # where every row that is left counts
+    on_cpu = logits.device.type == "cpu"
+    complete = on_cpu and bool(counted.all())
     step = max(1, _SHARE_NUMBERS["cpu" if on_cpu else "gpu"] // max(1, vocabulary))
     scratch = logits.new_empty(min(step, logits.shape[0]), vocabulary, dtype=torch.float32)
     for start in range(0, logits.shape[0], step):
@@ -343,7 +349,7 @@ def _torch_rows(
         grad.scatter_add_(1, safe[part], -expected[part])
         if bent is not None:
             grad.mul_(bent.square_().neg_().add_(1.0))
-        if not on_cpu:
+        if not complete:
             grad.masked_fill_(~counted[part], 0.0)
         if grad is not values:
             values.copy_(grad)

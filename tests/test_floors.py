@@ -14,6 +14,7 @@ ROOF = ("__init__", "__main__")  # the face and the command: they may use every 
 FILES = sorted(file for floor in FLOORS for file in ROOT.glob(f"{floor}/**/*.py")) + [
     ROOT / f"{name}.py" for name in ("errors", *ROOF)
 ]
+FUSED = ROOT / "kernels" / "fused"  # the Triton kernels
 PEERS = {"transformers", "bitsandbytes", "peft", "vllm", "optimum"}
 AT_USE = {"huggingface_hub", "accelerate", "rich", "tqdm", "tokenizers", "gguf", "triton", "safetensors", "numpy"}
 
@@ -98,8 +99,18 @@ def test_no_peers_and_nothing_heavy_at_the_top(file: Path) -> None:
     for imported, line in imports(file):
         assert imported.split(".")[0] not in PEERS, f"{file.name}:{line} imports {imported}"
         assert not imported.startswith("loadstone"), f"{file.name}:{line}: imports inside the package are relative"
+    allowed = {"triton"} if file.parent == FUSED else set()
     for imported, line in imports(file, lazy=False):
-        assert imported.split(".")[0] not in AT_USE, f"{file.name}:{line} imports {imported} before it is needed"
+        top = imported.split(".")[0]
+        assert top not in AT_USE - allowed, f"{file.name}:{line} imports {imported} before it is needed"
+
+
+def test_triton_kernels_are_imported_by_nobody_at_the_top() -> None:
+    """Only each other: everything else imports them in a function, when one first runs."""
+    for file in FILES:
+        if file.parent != FUSED:
+            for imported, line in imports(file, lazy=False):
+                assert not imported.startswith("kernels.fused"), f"{file.name}:{line} imports {imported}"
 
 
 def test_no_circles() -> None:

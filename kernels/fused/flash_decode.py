@@ -7,8 +7,6 @@ Source: Dao et al. 2023, "Flash-Decoding for long-context inference".
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +17,7 @@ from ..visibility import Visibility
 from .flash_forward import padded_dim, precision, shape_class, stride_over
 from .flash_parts import LN2, capped, visible_keys
 from .launch import launch
+from .rows import processors
 
 MOST_ROWS = 64
 _LEAST_KEYS = 256  # a split shorter than this costs more to merge than it saves
@@ -121,14 +120,9 @@ def _merge(
     tl.store(Lse + line, tl.where(total == 0.0, float("-inf"), base + tl.log(divisor)))
 
 
-@lru_cache(maxsize=64)
-def _processors(kind: str, index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count if kind == "cuda" else 4
-
-
 def split_count(batch: int, kv_heads: int, keys: int, device: torch.device) -> int:
     """How many programs share the keys of one head: two for each processor of the GPU, if there are keys for all."""
-    wanted = triton.cdiv(2 * _processors(device.type, device.index), max(1, batch * kv_heads))
+    wanted = triton.cdiv(2 * processors(device), max(1, batch * kv_heads))
     return max(1, min(wanted, triton.cdiv(keys, _LEAST_KEYS), _MOST_SPLITS))
 
 

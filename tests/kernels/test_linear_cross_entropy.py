@@ -117,7 +117,7 @@ def check(got: tuple[Tensor, ...], made: Problem) -> None:
 
 
 @backends
-@tiny.examples(40)
+@tiny.examples(15)
 @given(made=problems(), chunk=st.sampled_from((1, 5, 16, 256)))
 def test_fused_near_the_formula(backend: str, made: Problem, chunk: int) -> None:
     with chunks_of(chunk):
@@ -125,7 +125,7 @@ def test_fused_near_the_formula(backend: str, made: Problem, chunk: int) -> None
 
 
 @backends
-@tiny.examples(15)
+@tiny.examples(8)
 @given(made=problems())
 def test_unfused_near_the_formula(backend: str, made: Problem) -> None:
     check(made.unfused(backend), made)
@@ -144,9 +144,9 @@ def test_ways_to_give_labels(backend: str) -> None:
 
 @backends
 def test_chunks_do_not_show(backend: str) -> None:
-    made = problem((3, 50), ignored=0.1, label_smoothing=0.1)
+    made = problem((3, 24), ignored=0.1, label_smoothing=0.1)
     whole = made.fused(backend)
-    for size in (1, 7, 64, 100):
+    for size in (1, 7, 64):
         with chunks_of(size):
             for got, want in zip(made.fused(backend), whole, strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
@@ -370,11 +370,11 @@ class Made(TorchDispatchMode):
 
 
 @backends
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)], ids=str)
 def test_what_is_made(backend: str, dtype: torch.dtype, wanted: tuple[bool, bool]) -> None:
     """Never more than a chunk's logits; the weight's gradient once, and only if it is wanted."""
-    made = problem((4, 40), 64, 150, dtype, ignored=0.0, softcap=9.0, label_smoothing=0.1)
+    made = problem((4, 24), 16, 300, dtype, ignored=0.0, softcap=9.0, label_smoothing=0.1)
     states, weight = (leaf.requires_grad_(want) for leaf, want in zip(made.leaves(), wanted, strict=True))
     with chunks_of(32), Made() as record:
         loss = linear_cross_entropy(states, weight, made.labels, kernels=Kernels(backend), **made.options)
@@ -383,23 +383,23 @@ def test_what_is_made(backend: str, dtype: torch.dtype, wanted: tuple[bool, bool
             loss.backward()
     backward = record.sizes[len(forward) :]
     of_weight = weight.numel()
-    assert max(forward) == (of_weight if wanted[1] else max(32 * 160 if backend == "triton" else 32 * 150, 0, *(
-        [states.numel()] if wanted[0] else [])))  # fmt: skip
+    assert max(forward) == 32 * (304 if backend == "triton" else 300)  # rows of Triton's start aligned
     # in half precision each chunk's product is made before it is added, in fp32 only the sum is
-    assert forward.count(of_weight) == wanted[1] * (1 if dtype == torch.float32 else 6)
+    assert forward.count(of_weight) == wanted[1] * (1 if dtype == torch.float32 else 1 + 3)
     assert backward.count(of_weight) == (wanted[1] and dtype != torch.float32)  # fp32 is scaled in place
-    assert max(backward, default=0) <= max(of_weight, states.numel())
-    assert max(record.sizes) < states[..., 0].numel() * len(weight)
+    assert max(backward, default=0) <= max(of_weight * wanted[1], states.numel() * wanted[0])
 
 
 @backends
 def test_forward_alone_makes_no_gradient(backend: str) -> None:
-    made = problem((4, 40), 64, 150, ignored=0.0)
+    made = problem((2, 40), 40, 64, ignored=0.0)
+    expected = made.fused(backend)[0]
     states, weight = made.leaves()
     with torch.no_grad(), chunks_of(32), Made() as record:
         loss = linear_cross_entropy(states, weight, made.labels, kernels=Kernels(backend))
-    assert torch.equal(loss, made.fused(backend)[0]) or abs(float(loss - made.fused(backend)[0])) < 1e-5
-    assert max(record.sizes) <= 32 * 160
+    torch.testing.assert_close(loss, expected)
+    assert weight.numel() not in record.sizes
+    assert max(record.sizes) <= states.numel()  # those that count, picked out
 
 
 def test_gradients_that_were_not_made_are_not_silently_zero() -> None:
@@ -417,8 +417,8 @@ def test_gradients_that_were_not_made_are_not_silently_zero() -> None:
 @backends
 def test_opcheck(backend: str) -> None:
     made = problem((20,), 8, 33)
-    for smoothing, cap in ((0.0, 0.0), (0.1, 5.0)):
-        for wanted in ((True, True), (False, True), (True, False)):
+    for smoothing, cap, cases in ((0.0, 0.0, ((True, True),)), (0.1, 5.0, ((False, True), (True, False)))):
+        for wanted in cases:
             leaves = (leaf.requires_grad_(want) for leaf, want in zip(made.leaves(), wanted, strict=True))
             arguments = (*leaves, made.labels, -100, smoothing, cap, *wanted, backend)
             torch.library.opcheck(torch.ops.loadstone.linear_cross_entropy.default, arguments)
@@ -429,8 +429,7 @@ def test_opcheck(backend: str) -> None:
 
 
 @backends
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_whole(backend: str, dynamic: bool) -> None:
+def test_compiled_whole(backend: str) -> None:
     made = problem(num_items_in_batch=9)
     selection = Kernels(backend)
     made.unfused(backend)  # imports the kernels
@@ -440,7 +439,7 @@ def test_compiled_whole(backend: str, dynamic: bool) -> None:
         return fused + 2 * causal_lm_loss(F.linear(states, weight), labels, kernels=selection, **made.options)
 
     torch._dynamo.reset()
-    compiled = torch.compile(both, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="aot_eager")
     results = []
     for call in (both, compiled):
         states, weight = made.leaves()
