@@ -68,13 +68,14 @@ def register_kernel(
 
     operation: one of `operations`. function: takes what the operation takes, without ``kernels``, and returns the same.
     supports: called with the same arguments; a reason why the function cannot take them, or None.
-    Raises KernelError for an unknown operation, RegistrationError if the name is taken and ``exist_ok`` is false.
+    Raises KernelError for an unknown operation, RegistrationError if the name is a built-in one, or is taken and
+    ``exist_ok`` is false.
     """
     _check_operation(operation)
-    if name == "auto" or (name in kernel_names(operation) and not exist_ok):
+    if name in BUILT_IN or (name in kernel_names(operation) and not exist_ok):
         raise RegistrationError(
             f"kernel {name!r} of {operation} is taken; choose another name, or pass exist_ok=True to replace a "
-            "registered one"
+            "registered one (built-in ones stay)"
         )
     _TABLE[operation][name] = _Implementation(function, supports)
 

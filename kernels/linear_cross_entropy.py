@@ -24,9 +24,9 @@ from .library import define
 from .loss import average, check_options, check_targets, shifted_targets
 
 Rows = Callable[[Tensor, Tensor, int, float, float, Tensor, bool], None]
-"""(logits, targets, ignore_index, label_smoothing, softcap or 0, losses, differentiate): fills ``losses`` (tokens,), fp32,
-with the loss of each row of ``logits`` (tokens, vocab); if asked to differentiate, writes the gradients over the logits.
-Rows to be ignored give zeros, targets outside the vocabulary NaN."""
+"""(logits, targets, ignore_index, label_smoothing, softcap or 0, losses, differentiate): fills ``losses`` (tokens,) with
+the loss of each row of ``logits`` (tokens, vocab), in fp32; if asked to differentiate, writes the gradients over the
+logits. Rows to be ignored give zeros, targets outside the vocabulary NaN."""
 
 # Adding a chunk of n tokens to the weight's gradient moves 8 bytes for each number of the weight, and its products
 # are 6 n operations: the chunk hides the traffic if n is well above 8/6 of the operations a device does per byte
@@ -56,16 +56,16 @@ def linear_cross_entropy(
     Returns a scalar in fp32. Where gradients are wanted the forward pass makes and holds them: that of the hidden
     states in their dtype, that of the weight in fp32 until the backward pass scales it; frozen tensors cost nothing.
     The backward pass scales them in place unless the graph is kept. Can be differentiated once.
-    Operation "linear_cross_entropy": takes hidden_states (tokens, hidden_size), weight, targets (tokens,), ignore_index,
-    label_smoothing, softcap; returns the sum of the losses, fp32, and the number of counted targets.
+    Operation "linear_cross_entropy": takes hidden_states (tokens, hidden_size), weight, targets (tokens,),
+    ignore_index, label_smoothing, softcap; returns the sum of the losses, fp32, and the number of counted targets.
     Raises ValueError if shapes or dtypes do not agree or an option is out of its range, IndexError for a label outside
     the vocabulary; on a GPU, which nothing waits for, such a label makes the loss and the gradients NaN instead.
     """
     check_options(label_smoothing, softcap)
     if weight.dim() != 2 or weight.shape[1] != hidden_states.shape[-1]:
         raise ValueError(
-            f"the weight has shape {tuple(weight.shape)}, hidden_states {tuple(hidden_states.shape)}: it needs the shape "
-            f"(vocab, {hidden_states.shape[-1]})"
+            f"the weight has shape {tuple(weight.shape)}, hidden_states {tuple(hidden_states.shape)}: the weight needs "
+            f"the shape (vocab, {hidden_states.shape[-1]})"
         )
     targets = shifted_targets(hidden_states, "hidden_states", labels, shift_labels, ignore_index)
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -89,7 +89,8 @@ def summed_loss(
         hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
     elif hidden_states.dtype != weight.dtype:
         raise ValueError(
-            f"hidden_states are {hidden_states.dtype}, the weight is {weight.dtype}: outside autocast they need one dtype"
+            f"hidden_states are {hidden_states.dtype}, the weight is {weight.dtype}: outside autocast they need one "
+            "dtype"
         )
     recorded = torch.is_grad_enabled()
     total, counted, _, _ = _OPERATION(

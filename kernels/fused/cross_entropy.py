@@ -34,7 +34,8 @@ def _values(place, inside, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def _row(
-    Logits, Grad, Targets, Losses, Statistics, Scale, stride_logits, stride_grad, vocabulary, ignore_index, smoothing, softcap,
+    Logits, Grad, Targets, Losses, Statistics, Scale,
+    stride_logits, stride_grad, vocabulary, ignore_index, smoothing, softcap,
     LOSS: tl.constexpr, GRADIENT: tl.constexpr, SMOOTHED: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """LOSS: the row's loss and its Statistics (maximum, log of the sum of exponentials beyond it), else these are read.
@@ -232,6 +233,4 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 
 
 _GRADIENT = define("cross_entropy_backward", _gradient, _fake_gradient)
-_CROSS_ENTROPY = define(
-    "cross_entropy", _forward, _fake_forward, backward=_backward, setup_context=_setup_context
-)
+_CROSS_ENTROPY = define("cross_entropy", _forward, _fake_forward, backward=_backward, setup_context=_setup_context)

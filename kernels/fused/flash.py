@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from ..library import define
 from ..visibility import Visibility
 from . import flash_backward, flash_decode, flash_forward
+from .rows import lined_up
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_DIM = 256
@@ -56,18 +57,13 @@ def flash_attention(
     return _forward(query, key, value, *seen, visibility.holes, seed, *place, scale, softcap, dropout)
 
 
-def _lined_up(tensor: Tensor) -> Tensor:
-    """The tensor with its last axis contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _flash_attention(
     query: Tensor, key: Tensor, value: Tensor, lower: Tensor | None, upper: Tensor | None, keep: Tensor | None,
     holes: Tensor | None, seed: Tensor | None, query_start: int, causal: bool, window: int, scale: float,
     softcap: float, dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return flash_forward.forward(
-        _lined_up(query), _lined_up(key), _lined_up(value),
+        lined_up(query), lined_up(key), lined_up(value),
         Visibility(query_start, causal, window, lower, upper, keep, holes), seed, scale, softcap, dropout,
     )  # fmt: skip
 
@@ -88,7 +84,7 @@ def _flash_attention_backward(
     query_start: int, causal: bool, window: int, scale: float, softcap: float, dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return flash_backward.backward(
-        _lined_up(query), _lined_up(key), _lined_up(value), _lined_up(output), lse, _lined_up(grad),
+        lined_up(query), lined_up(key), lined_up(value), lined_up(output), lse, lined_up(grad),
         None if grad_lse is None else grad_lse.contiguous(),
         Visibility(query_start, causal, window, lower, upper, keep, holes), seed, scale, softcap, dropout,
     )  # fmt: skip
@@ -120,7 +116,7 @@ def _flash_attention_decode(
     query_start: int, causal: bool, window: int, scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return flash_decode.decode(
-        _lined_up(query), _lined_up(key), _lined_up(value),
+        lined_up(query), lined_up(key), lined_up(value),
         Visibility(query_start, causal, window, lower, upper, keep), scale, softcap,
     )  # fmt: skip
 

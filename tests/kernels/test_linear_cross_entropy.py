@@ -1,4 +1,4 @@
-"""Losses by torch and in Triton's interpreter, of logits and fused with the head: against float64, and what they hold."""
+"""Losses by torch and in Triton's interpreter, of logits and fused with the head: against float64; what they hold."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from loadstone.errors import KernelError
 from loadstone.kernels import Kernels, causal_lm_loss, linear_cross_entropy, support
@@ -62,7 +63,9 @@ class Problem:
 
     def fused(self, backend: str, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
         states, weight = self.leaves()
-        loss = linear_cross_entropy(states, weight, self.labels, kernels=Kernels(backend), **{**self.options, **changes})
+        loss = linear_cross_entropy(
+            states, weight, self.labels, kernels=Kernels(backend), **{**self.options, **changes}
+        )
         return (loss.detach(), *torch.autograd.grad(loss, (states, weight)))
 
     def unfused(self, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +216,9 @@ def test_strided_tensors(backend: str) -> None:
     loss = causal_lm_loss(columns, made.labels, kernels=Kernels(backend))
     torch.testing.assert_close(loss.detach(), expected[0])
     before = columns.detach().clone()
-    torch.testing.assert_close(torch.autograd.grad(loss, columns)[0].flatten(0, 1).t() @ states.flatten(0, 1), expected[2])
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, columns)[0].flatten(0, 1).t() @ states.flatten(0, 1), expected[2]
+    )
     assert torch.equal(columns.detach(), before)  # the caller's logits are left alone
 
 
@@ -272,9 +277,9 @@ def test_ignored_positions_may_hold_anything(backend: str) -> None:
 def test_label_outside_the_vocabulary(backend: str, label: int) -> None:
     made = problem()
     made.labels[1, 4] = label
-    with pytest.raises(IndexError, match=r"the vocabulary from 0 to 132"):
+    with pytest.raises(IndexError, match="the vocabulary from 0 to 132"):
         made.fused(backend)
-    with pytest.raises((IndexError, RuntimeError), match="133|132"):
+    with pytest.raises((IndexError, RuntimeError), match=r"133|132"):
         made.unfused(backend)
 
 
@@ -362,7 +367,7 @@ class Made(TorchDispatchMode):
                 return module._forward(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         given, made = (
-            {x.untyped_storage().data_ptr(): x.numel() for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor)}
+            {x.untyped_storage().data_ptr(): x.numel() for x in tree_leaves(tree) if isinstance(x, Tensor)}
             for tree in ((args, kwargs), out)
         )
         self.sizes += [size for place, size in made.items() if place not in given]
@@ -425,7 +430,9 @@ def test_opcheck(backend: str) -> None:
         if backend == "triton":
             logits = torch.randn(20, 33, requires_grad=True)
             causal_lm_loss(logits, made.labels, kernels=Kernels("triton"))
-            torch.library.opcheck(torch.ops.loadstone.cross_entropy.default, (logits, made.labels, -100, smoothing, cap))
+            torch.library.opcheck(
+                torch.ops.loadstone.cross_entropy.default, (logits, made.labels, -100, smoothing, cap)
+            )
 
 
 @backends

@@ -50,7 +50,9 @@ def test_loss_and_all_gradients(kind: str, implementation: str, data: st.DataObj
     mine.train()
     peer.train()
     inputs = data.draw(batches(case.seed))
-    ours, theirs = mine(**inputs), peer(**inputs)
+    fused = data.draw(st.booleans())
+    ours, theirs = mine(**inputs, **({} if fused else {"skip_logits": False})), peer(**inputs)
+    assert (ours.logits is None) == fused
     assert ours.loss.dtype == torch.float32
     assert abs(ours.loss.item() - theirs.loss.item()) <= TOLERANCE * max(theirs.loss.item(), 1.0)
     ours, theirs = gradients(mine, ours.loss), gradients(peer, theirs.loss)
@@ -69,15 +71,18 @@ def test_nothing_to_learn_from(kind: str) -> None:
     mine, peer = Case(kind, tiny.values(kind), 1).pair()
     ids = peers.tokens(0, 1, 5)
     labels = torch.full_like(ids, -100)
-    assert torch.isnan(mine(ids, labels=labels).loss).equal(torch.isnan(peer(ids, labels=labels).loss))
-    assert mine(ids, labels=labels, num_items_in_batch=3).loss.item() == 0
+    for fused in (False, True):
+        loss = mine(ids, labels=labels, skip_logits=fused).loss
+        assert torch.isnan(loss).equal(torch.isnan(peer(ids, labels=labels).loss))
+        assert mine(ids, labels=labels, num_items_in_batch=3, skip_logits=fused).loss.item() == 0
 
 
 @kinds
-def test_ignore_index(kind: str) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_ignore_index(kind: str, fused: bool) -> None:
     mine, peer = Case(kind, tiny.values(kind), 1).pair()
     ids = peers.tokens(0, 2, 9)
-    ours = mine(ids, labels=ids, ignore_index=int(ids[0, 4]))
+    ours = mine(ids, labels=ids, ignore_index=int(ids[0, 4]), skip_logits=fused)
     theirs = peer(ids, labels=ids, ignore_index=int(ids[0, 4]))
     assert abs(ours.loss.item() - theirs.loss.item()) <= 1e-5
 
@@ -145,6 +150,27 @@ def test_dropout_is_random_in_training_only(implementation: str) -> None:
 
 
 # Half precision
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gradients(kind: str, dtype: torch.dtype) -> None:
+    """Of the loss fused with the head: as near to the truth as the peer's, within the field's rule."""
+    case = Case(kind, tiny.values(kind), 4)
+    mine, peer = case.pair("sdpa", dtype)
+    truth, _ = case.pair("sdpa")
+    truth.load_state_dict(peer.state_dict())
+    ids = peers.tokens(2, 4, 16)
+    results = []
+    for model, options in ((truth, {"skip_logits": False}), (mine, {"skip_logits": True}), (peer, {})):
+        loss = model(ids, labels=ids, **options).loss
+        results.append({"loss": loss.detach(), **gradients(model, loss)})
+    exact, ours, theirs = results
+    assert set(ours) == set(exact)
+    grain = torch.finfo(dtype).eps
+    for name, want in exact.items():
+        error, allowed = (relative(result[name].float(), want.float()) for result in (ours, theirs))
+        assert error <= (2 if name == "loss" else 3) * allowed + grain, name
 
 
 @both
