@@ -24,9 +24,9 @@ from .library import define
 from .loss import average, check_options, check_targets, shifted_targets
 
 Rows = Callable[[Tensor, Tensor, int, float, float, Tensor, bool], None]
-"""(logits, targets, ignore_index, label_smoothing, softcap or 0, losses, differentiate): fills ``losses`` (tokens,) with
-the loss of each row of ``logits`` (tokens, vocab), in fp32; if asked to differentiate, writes the gradients over the
-logits. Rows to be ignored give zeros, targets outside the vocabulary NaN."""
+"""(logits, targets, ignore_index, label_smoothing, softcap or 0, losses, differentiate): fills ``losses`` (tokens,)
+with the fp32 loss of each row of ``logits`` (tokens, vocab); if asked to differentiate, writes the gradients over
+the logits. Rows to be ignored give zeros, targets outside the vocabulary NaN."""
 
 # Adding a chunk of n tokens to the weight's gradient moves 8 bytes for each number of the weight, and its products
 # are 6 n operations: the chunk hides the traffic if n is well above 8/6 of the operations a device does per byte

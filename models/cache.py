@@ -8,12 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import GenerationError
+from ..errors import ArgumentError, GenerationError
 from .cache_layers import Buffers, DynamicLayer, Layer
 from .key_view import KeyView
 from .static_layers import StaticLayer, StaticSlidingLayer
 
 __all__ = ["Cache", "DynamicCache", "DynamicLayer", "StaticCache", "StaticLayer", "StaticSlidingLayer"]
+
+
+def one_spelling(past_key_values: Any, cache: Any) -> Any:
+    """The cache a caller gave as ``past_key_values`` or by its newer name ``cache``. Raises ArgumentError for both."""
+    if cache is None:
+        return past_key_values
+    if past_key_values is not None:
+        raise ArgumentError("past_key_values and cache are the same thing; pass one of them")
+    return cache
 
 
 def layer_windows(config: Any) -> list[int | None]:

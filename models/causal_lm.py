@@ -18,6 +18,7 @@ from ..errors import ArgumentError, AttentionError, ConfigError, nearest
 from ..kernels import AUTO, Kernels
 from ..loading.collector import collector_paused
 from . import pretrained
+from .cache import one_spelling
 from .configuration import PreTrainedConfig
 from .head import why_not_fused
 from .outputs import CausalLMOutputWithPast, keep_positions
@@ -111,6 +112,7 @@ class CausalLM(nn.Module):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         skip_logits: bool | None = None,
+        cache: Any = None,
         **loss_kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits, and the loss if labels are given; in training the loss alone.
@@ -120,7 +122,8 @@ class CausalLM(nn.Module):
         position_ids: (batch or 1, seq); default: the places after what the cache has seen. They are not derived from
             the mask: left-padded rows need them (``generate`` passes them). Without mask and past, positions that
             start over mark packed sequences, which do not see each other.
-        past_key_values: a cache, filled in place; use_cache: whether to make one (default ``config.use_cache``).
+        past_key_values, or by its newer name ``cache``: a cache, filled in place; use_cache: whether to make one
+            (default ``config.use_cache``).
         labels: (batch, seq), int64, -100 = ignored; shifted inside. loss_kwargs: ``num_items_in_batch``,
             ``shift_labels``, ``ignore_index`` (see `kernels.causal_lm_loss`).
         logits_to_keep: logits for the last n positions only (0: all), or a tensor of positions (`keep_positions`).
@@ -141,7 +144,7 @@ class CausalLM(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_spelling(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,

@@ -216,6 +216,7 @@ class GPT2LMHeadModel(CausalLM):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         skip_logits: bool | None = None,
+        cache: Any = None,
         **loss_kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As `CausalLM.forward`, in the order GPT-2's callers know; token_type_ids (batch, seq) add embeddings."""
@@ -240,5 +241,6 @@ class GPT2LMHeadModel(CausalLM):
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,
             skip_logits=skip_logits,
+            cache=cache,
             **loss_kwargs,
         )

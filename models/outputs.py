@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+_SPELLINGS = {"cache": "past_key_values"}  # transformers calls the field so since 5.24
+
 
 class ModelOutput(OrderedDict):
     """A dataclass that is also a mapping of those fields that are not None.
 
-    ``out.logits``, ``out["logits"]`` and ``out[1]`` (the place among the fields that are set) are the same thing.
+    ``out.logits``, ``out["logits"]`` and ``out[1]`` (the place among the fields that are set) are the same thing, and
+    so are ``past_key_values`` and its newer name ``cache``.
     """
 
     def __init_subclass__(cls) -> None:
@@ -41,10 +44,19 @@ class ModelOutput(OrderedDict):
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str):
-            return super().__getitem__(key)
+            return super().__getitem__(_SPELLINGS.get(key, key))
         return self.to_tuple()[key]
 
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(_SPELLINGS.get(key, key) if isinstance(key, str) else key)
+
+    @property
+    def cache(self) -> Any:
+        """``past_key_values`` under its newer name."""
+        return self.past_key_values  # type: ignore[attr-defined]
+
     def __setattr__(self, name: str, value: Any) -> None:
+        name = _SPELLINGS.get(name, name)
         super().__setattr__(name, value)
         if name in {f.name for f in dataclasses.fields(self)}:  # type: ignore[arg-type]
             if value is not None:

@@ -74,7 +74,8 @@ class BeamSearch:
         total = (scores.view(self.batch, self.beams, vocab) + self.running[..., None]).view(self.batch, -1)
         if self.options.do_sample:
             index = draw(total, generator, self.candidates)
-            score = total.gather(1, index)
+            score, order = total.gather(1, index).sort(dim=1, descending=True)  # the best first, as `advance` expects
+            index = index.gather(1, order)
         else:
             if self.candidates > total.shape[1]:
                 raise GenerationError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError, GenerationError
+from ..cache import one_spelling
 from .beam_search import beam_search
 from .configuration import GenerationConfig
 from .decoding import decode
@@ -32,6 +33,7 @@ def generate(
     position_ids: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     past_key_values: Any = None,
+    cache: Any = None,
     generator: torch.Generator | None = None,
     streamer: Any = None,
     tokenizer: Any = None,
@@ -42,8 +44,8 @@ def generate(
     inputs, input_ids (the same thing): (batch, seq), int64. attention_mask: (batch, seq), 1 = keep, padding on the
         left; without it, pad tokens are taken for padding unless they are also the end token.
     inputs_embeds: (batch, seq, hidden_size) in place of input_ids; then only the new tokens are returned.
-    past_key_values: a cache that holds the beginning of input_ids, or what comes before them if attention_mask covers
-        both; it is filled further.
+    past_key_values (or by its newer name, cache): a cache that holds the beginning of input_ids, or what comes before
+        them if attention_mask covers both; it is filled further.
     generation_config, and any of its fields as keyword arguments, which win; what neither says comes from
         ``model.generation_config``. Without max_new_tokens or max_length, 20 new tokens.
     logits_processor: callables (input_ids, scores) -> scores. stopping_criteria: callables (input_ids, scores) -> bool
@@ -54,6 +56,7 @@ def generate(
     Returns (batch * num_return_sequences, length), int64, finished rows filled with the pad token; with
     return_dict_in_generate a `GenerateOutput`. Raises GenerationError, ArgumentError.
     """
+    past_key_values = one_spelling(past_key_values, cache)
     merged = merge(model.generation_config, generation_config, kwargs)
     ids, embeds = prompt_tensors(inputs, input_ids, inputs_embeds, merged["bos_token_id"], model.device)
     options = resolve(

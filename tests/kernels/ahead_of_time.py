@@ -91,10 +91,21 @@ def _gate(dtype: torch.dtype) -> None:
         backward(gate.gated(empty(2, 100, 14336, dtype=dtype), empty(2, 100, 14336, dtype=dtype), name))
 
 
+def _loss(dtype: torch.dtype) -> None:
+    from loadstone.kernels.fused import cross_entropy
+
+    targets = torch.zeros(8, dtype=torch.int64)
+    for vocabulary, options in ((128256, (0.0, None)), (50257, (0.1, 30.0))):
+        states, weight = empty(8, 16, dtype=dtype), empty(vocabulary, 16, dtype=dtype)
+        backward(cross_entropy.linear_cross_entropy(states, weight, targets, -100, *options)[0])
+        backward(cross_entropy.cross_entropy(empty(8, vocabulary, dtype=dtype), targets, -100, *options)[0])
+
+
 FAMILIES: dict[str, Family] = {
     "norm": Family(_norm, dtypes=(BF16,), targets=OWN_TABLES),
     "rotary": Family(_rotary, dtypes=(BF16,), targets=OWN_TABLES),
     "gate": Family(_gate, dtypes=(BF16,), targets=OWN_TABLES),
+    "loss": Family(_loss, targets=OWN_TABLES),
 }
 
 

@@ -6,12 +6,14 @@ import copy
 import pickle
 
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree
 
-from loadstone import CausalLMOutputWithPast
+from loadstone import CausalLMOutputWithPast, DynamicCache
+from loadstone.errors import ArgumentError
 from loadstone.models.outputs import keep_positions
 
 FIELDS = ("loss", "logits", "past_key_values", "hidden_states", "attentions")
@@ -78,3 +80,27 @@ def test_keep_positions_forms_agree() -> None:
     assert torch.equal(keep_positions(states, torch.tensor([3, 4])), states[:, 3:])
     assert torch.equal(keep_positions(states, torch.tensor([[3, 4], [3, 4]])), states[:, 3:])
     assert torch.equal(keep_positions(states, torch.ones(2, 5, dtype=torch.bool)), states.view(10, 3))
+
+
+def test_the_cache_by_both_its_names() -> None:
+    model = tiny.model("llama")
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        first = model(ids[:, :4], use_cache=True)
+        assert first.cache is first.past_key_values is first["cache"] is first["past_key_values"]
+        assert "cache" in first
+        assert list(first) == ["logits", "past_key_values"]
+        rest = model(ids[:, 4:], cache=first.cache).logits
+        assert torch.allclose(rest, model(ids).logits[:, 4:], atol=1e-5)
+        first.cache = None
+        assert "past_key_values" not in first
+        with pytest.raises(ArgumentError, match="one of them"):
+            model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
+        held = DynamicCache(model.config)
+        model(ids, past_key_values=held)
+        again = model.generate(torch.cat((ids, ids), 1), cache=held, max_new_tokens=2)
+        assert torch.equal(again, model.generate(torch.cat((ids, ids), 1), max_new_tokens=2))
+    gpt2 = tiny.model("gpt2")
+    held = DynamicCache()
+    gpt2(ids, cache=held)
+    assert held.get_seq_length() == 6

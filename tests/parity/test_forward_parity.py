@@ -209,7 +209,7 @@ def test_hidden_states(kind: str, implementation: str, data: st.DataObject) -> N
     ids = peers.tokens(case.seed, 2, 7)
     with torch.no_grad():
         ours, theirs = mine(ids, output_hidden_states=True), peer(ids, output_hidden_states=True)
-    assert ours.keys() == theirs.keys()
+    assert set(ours.keys()) == {{"cache": "past_key_values"}.get(name, name) for name in theirs}  # renamed in 5.24
     assert len(ours.hidden_states) == len(theirs.hidden_states) == mine.config.num_hidden_layers + 1
     for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True):
         assert relative(a, b) <= TOLERANCE
