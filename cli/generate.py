@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
         max_memory=memory_of(arguments),
         variant=arguments.variant,
         attn_implementation=arguments.attn,
+        kernels=arguments.kernels,
     )
     if not ids:  # an empty prompt and a tokenizer that puts nothing before it
         begin = model.generation_config.bos_token_id

@@ -216,7 +216,7 @@ def _accumulate(total: Tensor, grad_logits: Tensor, states: Tensor, first: bool)
         total.addmm_(grad_logits.t(), states, beta=0 if first else 1)
     elif _sums_in_fp32(states.device, states.dtype):
         beta = 0 if first else 1
-        torch.addmm(total, grad_logits.t(), states, beta=beta, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+        torch.addmm(total, grad_logits.t(), states, beta=beta, out_dtype=torch.float32, out=total)
     else:  # the product is rounded, to the dtype in which an unfused head would have its gradient
         # fp16 ends at 65504, which the sum over a chunk, not divided by its count yet, could pass
         unit = 2.0 ** (states.shape[0] - 1).bit_length() if states.dtype == torch.float16 else 1.0
@@ -236,7 +236,7 @@ def _sums_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     total = torch.ones(16, 16, device=device)
     factor = torch.ones(16, 16, device=device, dtype=dtype)
     try:
-        torch.addmm(total, factor.t(), factor, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+        torch.addmm(total, factor.t(), factor, out_dtype=torch.float32, out=total)
     except (RuntimeError, TypeError):
         return False
     return bool((total == 17).all())

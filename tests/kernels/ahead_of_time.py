@@ -105,7 +105,7 @@ FAMILIES: dict[str, Family] = {
     "norm": Family(_norm, dtypes=(BF16,), targets=OWN_TABLES),
     "rotary": Family(_rotary, dtypes=(BF16,), targets=OWN_TABLES),
     "gate": Family(_gate, dtypes=(BF16,), targets=OWN_TABLES),
-    "loss": Family(_loss, targets=OWN_TABLES),
+    "loss": Family(_loss, dtypes=(BF16,), targets=OWN_TABLES),
 }
 
 
