@@ -130,7 +130,7 @@ def _generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=number, default=0, help="of the sampling (default %(default)s)")
     command.add_argument("--no-echo", action="store_true", help="do not print the prompt before its continuation")
     command.add_argument("--attn", metavar="NAME", help="attention: sdpa (default), eager, flash_attention_2")
-    command.add_argument("--kernels", metavar="NAME", default="auto", help="of the other operations: auto, torch, triton")
+    command.add_argument("--kernels", metavar="NAME", default="auto", help="of other operations: auto, torch, triton")
 
 
 def _list(command: argparse.ArgumentParser) -> None:
