@@ -7,9 +7,17 @@ import os
 
 import torch
 
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:  # a finder that forbids it
+        return False
+
+
 MINIMUM_CAPABILITY = (8, 0)  # bf16 matrix instructions and asynchronous copies
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
-_INSTALLED = importlib.util.find_spec("triton") is not None
+_INSTALLED = _installed("triton")
 # Dictionaries, not lru_cache: compilers trace through these functions, and warn of the latter.
 _REASONS: dict[tuple[str, int | None], str | None] = {}
 
