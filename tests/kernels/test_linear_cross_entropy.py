@@ -106,11 +106,14 @@ def problems(draw: st.DrawFn) -> Problem:
     return made
 
 
-def check(got: tuple[Tensor, ...], made: Problem) -> None:
+def check(got: tuple[Tensor, ...], made: Problem, backend: str) -> None:
     """The field's rule: at most twice (loss) and three times (gradients) the error of plain torch in that precision."""
     dtype = made.states.dtype
     exact, plain = made.plain(torch.float64, torch.float64), made.plain(dtype, torch.float32)
-    grain = torch.finfo(dtype).eps
+    # Some units in the last place, for where torch's error is small by chance: in fp32, where the softmax is no wider
+    # than the products, and in bf16 in the interpreter, which cuts off what a GPU rounds.
+    few = dtype == torch.float32 or (backend == "triton" and dtype == torch.bfloat16)
+    grain = torch.finfo(dtype).eps * (4 if few else 1)
     assert got[0].dtype == torch.float32
     for value, want, other, factor in zip(got, exact, plain, (2, 3, 3), strict=True):
         error, allowed = (float((x.double() - want).abs().max()) for x in (value, other))
@@ -124,14 +127,14 @@ def check(got: tuple[Tensor, ...], made: Problem) -> None:
 @given(made=problems(), chunk=st.sampled_from((1, 5, 16, 256)))
 def test_fused_near_the_formula(backend: str, made: Problem, chunk: int) -> None:
     with chunks_of(chunk):
-        check(made.fused(backend), made)
+        check(made.fused(backend), made, backend)
 
 
 @backends
 @tiny.examples(8)
 @given(made=problems())
 def test_unfused_near_the_formula(backend: str, made: Problem) -> None:
-    check(made.unfused(backend), made)
+    check(made.unfused(backend), made, backend)
 
 
 @backends
