@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .kernels import AttentionMask, Kernels, register_attention, register_kernel
     from .loading.report import LoadReport
+    from .models.adapters.config import LoraConfig
     from .models.cache import Cache, DynamicCache, StaticCache
     from .models.causal_lm import CausalLM
     from .models.configuration import PreTrainedConfig
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from .models.llama import LlamaConfig, LlamaForCausalLM
     from .models.mistral import MistralConfig, MistralForCausalLM
     from .models.outputs import CausalLMOutputWithPast
+    from .quant.config import BitsAndBytesConfig
+    from .quant.linear import Linear4bit, Linear8bitLt
+    from .quant.registry import register_quantizer
+    from .quant.weight_only import WeightOnlyConfig
     from .registry import AutoConfig, AutoModelForCausalLM, list_architectures, register, register_causal_lm
 
 __version__ = "0.1.0"
@@ -30,6 +35,7 @@ _HOME = {
     "AttentionMask": ".kernels",
     "AutoConfig": ".registry",
     "AutoModelForCausalLM": ".registry",
+    "BitsAndBytesConfig": ".quant.config",
     "Cache": ".models.cache",
     "CausalLM": ".models.causal_lm",
     "CausalLMOutputWithPast": ".models.outputs",
@@ -38,24 +44,30 @@ _HOME = {
     "GPT2LMHeadModel": ".models.gpt2",
     "GenerationConfig": ".models.generation",
     "Kernels": ".kernels",
+    "Linear4bit": ".quant.linear",
+    "Linear8bitLt": ".quant.linear",
     "LlamaConfig": ".models.llama",
     "LlamaForCausalLM": ".models.llama",
     "LoadReport": ".loading.report",
+    "LoraConfig": ".models.adapters.config",
     "MistralConfig": ".models.mistral",
     "MistralForCausalLM": ".models.mistral",
     "PreTrainedConfig": ".models.configuration",
     "StaticCache": ".models.cache",
+    "WeightOnlyConfig": ".quant.weight_only",
     "list_architectures": ".registry",
     "register": ".registry",
     "register_attention": ".kernels",
     "register_causal_lm": ".registry",
     "register_kernel": ".kernels",
+    "register_quantizer": ".quant.registry",
 }
 
 __all__ = [
     "AttentionMask",
     "AutoConfig",
     "AutoModelForCausalLM",
+    "BitsAndBytesConfig",
     "Cache",
     "CausalLM",
     "CausalLMOutputWithPast",
@@ -64,18 +76,23 @@ __all__ = [
     "GPT2LMHeadModel",
     "GenerationConfig",
     "Kernels",
+    "Linear4bit",
+    "Linear8bitLt",
     "LlamaConfig",
     "LlamaForCausalLM",
     "LoadReport",
+    "LoraConfig",
     "MistralConfig",
     "MistralForCausalLM",
     "PreTrainedConfig",
     "StaticCache",
+    "WeightOnlyConfig",
     "list_architectures",
     "register",
     "register_attention",
     "register_causal_lm",
     "register_kernel",
+    "register_quantizer",
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..loading.report import human, merge_numbers
 from ..models.preview import Preview, preview
+from ..quant.config import BitsAndBytesConfig
 from ..registry import AutoConfig
 from ..registry.table import architecture_of
 from .output import Output, count, print_json
@@ -27,6 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
         device_map=arguments.device_map,
         max_memory=memory_of(arguments),
         variant=arguments.variant,
+        quantization_config=_asked(arguments.quantize),
     )
     facts = _facts(seen, source.commit, row.model_type, row.origin)
     if arguments.json:
@@ -35,10 +37,18 @@ def run(arguments: argparse.Namespace) -> None:
         _show(facts, Output())
 
 
+def _asked(kind: str | None) -> BitsAndBytesConfig | None:
+    if kind is None:
+        return None
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind)
+
+
 def _facts(seen: Preview, commit: str | None, model_type: str, origin: str) -> dict[str, Any]:
     checkpoint, plan, model = seen.checkpoint, seen.plan, seen.model
     twins = set(model.active_ties())
-    total = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in twins)
+    total = model.num_parameters() - sum(model.get_parameter(name).numel() for name in twins)
     in_file: dict[str, int] = {}
     in_dtype: dict[str, int] = {}
     for entry in checkpoint.entries.values():
@@ -53,6 +63,7 @@ def _facts(seen: Preview, commit: str | None, model_type: str, origin: str) -> d
         "origin": origin,
         "sizes": {name: getattr(seen.config, name) for name in _SIZES if getattr(seen.config, name, None) is not None},
         "parameters": total,
+        "quantization": None if model.hf_quantizer is None else model.hf_quantizer.config.to_dict(),
         "checkpoint": {"tensors": len(checkpoint.entries), "bytes": checkpoint.total_bytes, "bytes_by_dtype": in_dtype,
                        "bytes_by_file": in_file, "index_faults": list(checkpoint.index_faults)},
         "plan": {
@@ -60,6 +71,7 @@ def _facts(seen: Preview, commit: str | None, model_type: str, origin: str) -> d
             "bytes_by_dtype": plan.memory_by_dtype(),
             "bytes_by_device": plan.memory_by_device(),
             "bytes_by_transform": plan.bytes_by_transform(),
+            "bytes_quantized": list(plan.bytes_quantized()),
             "device_map": plan.placement.as_hf() if plan.placement.given else None,
             "tied": {**plan.tied, **plan.compare},
             "missing": list(plan.missing),
@@ -79,6 +91,7 @@ def _show(facts: dict[str, Any], output: Output) -> None:
             ("architecture", f"{facts['model_class']} ({facts['model_type']}, of {facts['origin']})"),
             ("parameters", f"{count(facts['parameters'])} ({facts['parameters']:,})"),
             *((name, f"{value:,}") for name, value in facts["sizes"].items()),
+            *([("quantization", _method(facts["quantization"]))] if facts["quantization"] else []),
         ]
     )
     output.heading("Checkpoint")
@@ -86,7 +99,9 @@ def _show(facts: dict[str, Any], output: Output) -> None:
                    *_sizes(_shortened(checkpoint["bytes_by_file"]))])  # fmt: skip
     output.heading("Plan")
     places = [(f"memory on {device}", human(size)) for device, size in plan["bytes_by_device"].items()]
-    ways = {"map": "mapped, not read", "cast": "cast", "copy": "copied", "none": "left on meta"}
+    before = human(plan["bytes_quantized"][0])
+    ways = {"map": "mapped, not read", "cast": "cast", "copy": "copied", "quantize": f"quantized, of {before}",
+            "none": "left on meta"}  # fmt: skip
     places += [(ways[name], human(size)) for name, size in plan["bytes_by_transform"].items()]
     output.fields([*places, *_sizes(plan["bytes_by_dtype"])])
     if len(plan["device_map"] or ()) > 1:
@@ -109,6 +124,13 @@ def _show_misfits(plan: dict[str, Any], faults: list[str], output: Output) -> No
     if rows:
         output.heading("Weights")
         output.fields(rows)
+
+
+def _method(quantization: dict[str, Any]) -> str:
+    """The method, and the kind of codes where the configuration has bitsandbytes' fields."""
+    kind = quantization.get("bnb_4bit_quant_type") if quantization.get("load_in_4bit") else None
+    kind = "int8" if quantization.get("load_in_8bit") else kind
+    return str(quantization["quant_method"]) + (f", {kind}" if kind else "")
 
 
 def _sizes(sizes: dict[str, int]) -> list[tuple[str, str]]:

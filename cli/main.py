@@ -14,7 +14,7 @@ from .arguments import device_map, memory, number, positive
 # Command -> the module that runs it, imported only then.
 _COMMANDS = {
     "demo": ".demo", "inspect": ".inspect", "generate": ".generate", "list": ".listing", "tune": ".tune",
-    "bench": ".bench",
+    "bench": ".bench", "quantize": ".quantize",
 }  # fmt: skip
 BENCHMARKS = ("attention", "ops", "training-step", "first-call", "forward", "loading", "imports")
 
@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _generate(commands.add_parser("generate", parents=[common], help="continue a prompt"))
     _list(commands.add_parser("list", parents=[common], help="the architectures that can be loaded"))
+    _quantize(commands.add_parser("quantize", parents=[common], help="make a quantized checkpoint of another"))
     _tune(commands.add_parser("tune", parents=[common], help="search block sizes for this machine's GPU"))
     _bench(commands.add_parser("bench", parents=[errors], help="run a benchmark of the repository"))
     return top
@@ -113,6 +114,7 @@ def _inspect(command: argparse.ArgumentParser) -> None:
         "Devices in the map need not be on this machine."
     )
     _place(command)
+    command.add_argument("--quantize", choices=("nf4", "fp4", "int8"), help="plan a load that quantizes")
 
 
 def _generate(command: argparse.ArgumentParser) -> None:
@@ -136,6 +138,39 @@ def _generate(command: argparse.ArgumentParser) -> None:
 def _list(command: argparse.ArgumentParser) -> None:
     command.description = "The registered architectures, plug-ins of installed packages included."
     command.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="a shell pattern, as in 'qwen*'")
+
+
+def _quantize(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Write the checkpoint SRC quantized to the directory DST, tensor by tensor: no model is built, and memory is "
+        "needed for one tensor. Tokenizer files are copied. An existing checkpoint in DST is replaced in one step."
+    )
+    command.add_argument("source", metavar="SRC", help="a directory or a Hub repository id")
+    command.add_argument("target", metavar="DST", help="a directory, new, empty, or of a checkpoint to be replaced")
+    methods = command.add_mutually_exclusive_group(required=True)
+    for name, what in (
+        ("nf4", "4 bits, as bitsandbytes holds them, by quantiles of the normal distribution"),
+        ("fp4", "4 bits, as bitsandbytes holds them, floating point"),
+        ("int8", "8 bits, as bitsandbytes holds them (LLM.int8())"),
+        ("weight-only-int8", "8 bits, for torch's own products"),
+        ("weight-only-int4", "4 bits, for torch's own products"),
+    ):
+        methods.add_argument(f"--{name}", dest="method", action="store_const", const=name, help=what)
+    command.add_argument("--double-quant", action="store_true", help="quantize the scales too (nf4, fp4)")
+    command.add_argument(
+        "--blocksize", type=number, choices=[32 << power for power in range(8)],
+        help="numbers that share a scale (nf4, fp4; default 64)"
+    )  # fmt: skip
+    command.add_argument("--group-size", type=number, help="inputs that share a scale (weight-only-int4; default 128)")
+    command.add_argument("--compute-dtype", help="dtype of products, kept in config.json (nf4, fp4; default float32)")
+    command.add_argument("--storage", help="dtype under which the codes are held (nf4, fp4; default uint8)")
+    command.add_argument("--skip", nargs="+", metavar="NAME", help="modules to leave as they are (default: the head)")
+    command.add_argument("--dtype", help="of what is not quantized (default: what config.json says)")
+    command.add_argument("--max-shard-size", default="50GB", metavar="SIZE", help="default %(default)s")
+    command.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    command.add_argument("--variant", help="as in model.VARIANT.safetensors, of SRC")
+    command.add_argument("--cache-dir", metavar="DIR", help="cache of Hub repositories")
+    command.add_argument("--local-files-only", action="store_true", help="use the cache, do not reach for the Hub")
 
 
 def _tune(command: argparse.ArgumentParser) -> None:

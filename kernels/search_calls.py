@@ -12,7 +12,9 @@ from torch import Tensor
 
 from .activation import gated
 from .dispatch import Kernels
+from .eight_bit import linear_int8
 from .flash import flash_attention
+from .four_bit import dequantize_4bit, linear_4bit
 from .norm import add_rms_norm
 from .rotary import apply_rotary
 from .tuning import generation
@@ -157,13 +159,45 @@ def _cross_entropy(_: str, place: _Place) -> Call:
     return Call(run)
 
 
+def _four_bit(place: _Place) -> tuple[Any, ...]:
+    """(packed, absmax, code, blocksize, shape) of an MLP's weight in blocks of 64."""
+    shape = (place.size(4096, 40), place.size(14336, 128))
+    count = shape[0] * shape[1]
+    packed = torch.randint(256, (count // 2,), generator=place.generator, device=place.device, dtype=torch.uint8)
+    absmax = torch.rand(count // 64, generator=place.generator, device=place.device)
+    return packed, absmax, torch.linspace(-1, 1, 16, device=place.device), 64, shape
+
+
+def _decode_4bit(_: str, place: _Place) -> Call:
+    packed, absmax, code, blocksize, shape = _four_bit(place)
+    dtype = place.dtype()
+    return Call(lambda: (dequantize_4bit(packed, absmax, code, blocksize, shape, dtype, kernels=_TRITON),))
+
+
+def _multiply_4bit(shape_class: str, place: _Place) -> Call:
+    parts = _four_bit(place)
+    x = place.random(1, parts[-1][1], bits="32" if shape_class == "wide" else "16")
+    return Call(lambda: (linear_4bit(x, *parts, kernels=_TRITON),), {"BLOCK_K": parts[3] // 2})
+
+
+def _multiply_int8(shape_class: str, place: _Place) -> Call:
+    rows = 16 if shape_class == "few" else place.size(4096, 40)
+    shape = (place.size(4096, 40), place.size(14336, 128))
+    weight = torch.randint(-127, 128, shape, generator=place.generator, device=place.device, dtype=torch.int8)
+    x, scb = place.random(rows, shape[1]), torch.ones(shape[0], device=place.device)
+    return Call(lambda: (linear_int8(x, weight, scb, None, 0.0, kernels=_TRITON),))
+
+
 _MAKERS: dict[str, Callable[[str, _Place], Call]] = {
     "cross_entropy": _cross_entropy,
+    "decode_4bit": _decode_4bit,
     "flash_backward_keys": _flash_backward,
     "flash_backward_queries": _flash_backward,
     "flash_decode": _flash_decode,
     "flash_forward": _flash_forward,
     "gate": _gate,
+    "multiply_4bit": _multiply_4bit,
+    "multiply_int8": _multiply_int8,
     "norm_backward": _norm_backward,
     "norm_forward": _norm_forward,
     "norm_weights": _norm_weights,

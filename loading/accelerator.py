@@ -9,6 +9,7 @@ import torch
 from .arena import DONTNEED, POPULATE_READ, advise
 from .files import Files
 from .plan import Move
+from .quantize import make_codes, source_of
 
 SLOT = 32 << 20  # bytes of one pinned buffer
 SLOTS = 4
@@ -16,7 +17,7 @@ _ALIGNMENT = 256
 
 
 def send(moves: Sequence[Move], files: Files, watch: Callable[[int], None] | None) -> dict[str, torch.Tensor]:
-    """Tensors of the moves on their devices. The source dtype travels; the cast happens on the device."""
+    """Tensors of the moves on their devices. The source dtype travels; casts and codes are made on the device."""
     by_device: dict[torch.device, list[Move]] = {}
     for move in moves:
         by_device.setdefault(move.device, []).append(move)
@@ -34,8 +35,11 @@ def _send_plain(
 ) -> dict[str, torch.Tensor]:
     tensors = {}
     for move in moves:
-        source = files.flat(move.entry, 0, move.entry.nbytes // move.entry.dtype.itemsize)
-        tensors[move.target] = source.to(device).to(move.dtype).view(move.entry.shape)
+        arrived = source_of(move.entry, files).to(device)
+        if move.packing is not None:
+            tensors.update(make_codes(move, arrived))
+        else:
+            tensors[move.target] = arrived.to(move.dtype)
         if watch is not None:
             watch(move.entry.nbytes)
     return tensors
@@ -52,6 +56,11 @@ def _send_cuda(
         tensors = {}
         side.wait_stream(caller)
         for move in moves:
+            if move.packing is not None:
+                tensors.update(_packed_there(move, device, ring, caller, side, files))
+                if watch is not None:
+                    watch(move.entry.nbytes)
+                continue
             result = torch.empty(move.entry.shape, dtype=move.dtype, device=device)
             result.record_stream(side)
             with torch.cuda.stream(side):
@@ -69,6 +78,20 @@ def _send_cuda(
         caller.wait_stream(side)
         side.synchronize()  # the pinned buffers are freed when we return
     return tensors
+
+
+def _packed_there(
+    move: Move, device: torch.device, ring: Ring, caller: torch.cuda.Stream, side: torch.cuda.Stream, files: Files
+) -> dict[str, torch.Tensor]:
+    """Codes made on the side stream. It owns the memory of the tensor they are made of, which the next one reuses."""
+    with torch.cuda.stream(side):
+        arrived = torch.empty(move.entry.shape, dtype=move.entry.dtype, device=device)
+        ring.copy(move, arrived, files)
+        made = make_codes(move, arrived)
+    for part in made.values():
+        if part.is_cuda:
+            part.record_stream(caller)
+    return made
 
 
 class Ring:

@@ -22,6 +22,7 @@ ALIGNMENT = 64
 PAGE = mmap.PAGESIZE
 _HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)
 NOHUGEPAGE = getattr(mmap, "MADV_NOHUGEPAGE", 15)
+WILLNEED = getattr(mmap, "MADV_WILLNEED", 3)
 DONTNEED = getattr(mmap, "MADV_DONTNEED", 4)
 POPULATE_READ, POPULATE_WRITE = 22, 23  # Linux 5.14; unknown to Python's mmap
 

@@ -50,7 +50,8 @@ def load_into(
     ``reset_buffers(device)``. Whatever does not fit is logged as a warning, or raised with ``strict``.
 
     Raises, before any weight is read: DeviceMapError, ShapeMismatchError, MissingWeightsError, UnexpectedWeightsError,
-    FormatError, IntegrityError, InitializationError. If anything raises, the model is as it was before the call.
+    FormatError, IntegrityError, InitializationError, QuantizationError (which quantizing raises too). If anything
+    raises, the model is as it was before the call.
     """
     started = time.perf_counter()
     plan = make_plan(
@@ -66,6 +67,10 @@ def load_into(
         ignore_missing=ignore_missing,
     )
     plan.check(strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    if plan.tree.packed:
+        from .quantize import check_packed
+
+        check_packed(plan, checkpoint)
     try:
         streamed = _execute(model, plan, checkpoint, initialize, progress)
         if plan.placement.given:
@@ -94,11 +99,13 @@ def _execute(
     check_buffers(plan.tree)
     values = initialize_missing(model, plan.tree, plan.to_initialize, plan.placement, initialize)
     values.update(recompute_buffers(plan.tree, plan.placement))
-    copied = sum(move.entry.nbytes for move in plan.moves if move.transform in ("cast", "copy"))
+    copied = sum(move.entry.nbytes for move in plan.moves if move.transform in ("cast", "copy", "quantize"))
     with Progress(copied, progress, plan.model_class) as bar:
         streamed = stream(plan, checkpoint, bar if bar.watching else None)
     values.update(streamed.tensors)
     _assign(plan.tree, values, streamed.tied)
+    for layer in plan.tree.packed.values():
+        layer.loaded()  # type: ignore[operator]
     return streamed
 
 
@@ -155,9 +162,11 @@ def _report(plan: Plan, checkpoint: Checkpoint, streamed: Streamed, seconds: flo
         mismatched=tuple((one.name, one.checkpoint_shape, one.model_shape) for one in plan.mismatched),
         tied=streamed.tied,
         ignored=plan.ignored,
-        bytes_total=streamed.bytes_mapped + streamed.bytes_copied,
+        bytes_total=streamed.bytes_mapped + streamed.bytes_copied + streamed.bytes_quantized,
         bytes_mapped=streamed.bytes_mapped,
         bytes_copied=streamed.bytes_copied,
+        bytes_quantized=streamed.bytes_quantized,
+        bytes_packed=plan.bytes_quantized()[1] if streamed.bytes_quantized else 0,
         seconds=seconds,
         device_map=plan.placement.as_hf() if plan.placement.given else None,
     )

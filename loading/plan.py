@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import (
     ArgumentError,
     FormatError,
+    IntegrityError,
     MissingWeightsError,
     ShapeMismatchError,
     UnexpectedWeightsError,
@@ -22,17 +23,30 @@ from .checkpoint import Checkpoint
 from .device_map import DeviceMap, MaxMemory, Placement, place
 from .header import TensorEntry
 from .keys import match_keys
-from .tree import Tree, survey
+from .tree import Slot, Tree, survey
+
+if TYPE_CHECKING:
+    from ..quant import Recipe
 
 _SHOWN = 40
 _RECOMPUTED = ("rotary_emb.inv_freq", "position_ids")  # what older checkpoints hold of buffers that models recompute
+
+
+class Packing(NamedTuple):
+    """What becomes of a floating-point tensor that is quantized: ``makes`` maps the packed layer's attributes to names
+    of weights, ``nbytes`` is what they take together."""
+
+    recipe: Recipe
+    makes: dict[str, str]
+    nbytes: int
 
 
 class Move(NamedTuple):
     """One tensor's way from a file to the model.
 
     ``transform``: ``"map"`` (its bytes are mapped privately, nothing is read), ``"cast"`` (to ``dtype``), ``"copy"``
-    (same dtype, but to another device, or not aligned in the file) or ``"none"`` (stays on meta).
+    (same dtype, but to another device, or not aligned in the file), ``"quantize"`` (it becomes the tensors of
+    ``packing``) or ``"none"`` (stays on meta).
     """
 
     target: str
@@ -40,10 +54,13 @@ class Move(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     transform: str
+    packing: Packing | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes at the destination."""
+        if self.packing is not None:
+            return self.packing.nbytes
         return self.entry.nbytes // self.entry.dtype.itemsize * self.dtype.itemsize
 
 
@@ -92,11 +109,19 @@ class Plan:
 
     def check(self, *, strict: bool = False, ignore_mismatched_sizes: bool = False) -> None:
         """Raise what makes the load impossible, or with ``strict`` imperfect, naming every tensor concerned."""
-        if self.mismatched and (strict or not ignore_mismatched_sizes):
-            advice = "" if strict else "; pass ignore_mismatched_sizes=True to initialise them instead"
+        weights = self.tree.weights
+        codes = any(weights[mismatch.name].is_packed for mismatch in self.mismatched)
+        if self.mismatched and (strict or codes or not ignore_mismatched_sizes):
+            advice = "" if strict or codes else "; pass ignore_mismatched_sizes=True to initialise them instead"
             raise ShapeMismatchError(
                 f"{self.name}: {len(self.mismatched)} tensors do not fit {self.model_class}: "
                 f"{'; '.join(str(mismatch) for mismatch in self.mismatched[:_SHOWN])}{_more(self.mismatched)}{advice}"
+            )
+        lost = [name for name in self.to_initialize if weights[name].is_packed]
+        if lost:
+            raise MissingWeightsError(
+                f"{self.name}: {len(lost)} tensors of quantized layers are not in the checkpoint, and codes cannot be "
+                f"initialised: {_listed(lost)}"
             )
         if strict and self.missing:
             raise MissingWeightsError(
@@ -132,6 +157,11 @@ class Plan:
             name = str(dtype).removeprefix("torch.")
             total[name] = total.get(name, 0) + size
         return total
+
+    def bytes_quantized(self) -> tuple[int, int]:
+        """Bytes of the tensors that are quantized while loading, in the checkpoint and packed."""
+        moves = [move for move in self.moves if move.packing is not None]
+        return sum(move.entry.nbytes for move in moves), sum(move.nbytes for move in moves)
 
     def bytes_by_transform(self) -> dict[str, int]:
         """Bytes at the destination for each transform in use."""
@@ -182,6 +212,8 @@ def make_plan(
     )
     moves, mismatched = _moves(matched, checkpoint, tree, placement)
     held = {move.target for move in moves}
+    if tree.packed:
+        _add_made(held, moves)
     absent = [name for name in tree.weights if name not in held]
     wrong = {mismatch.name for mismatch in mismatched}
     tied, compare, late = _resolve_ties(ties, held, wrong)
@@ -215,20 +247,54 @@ def _moves(
     entries, weights = checkpoint.entries, tree.weights
     one = placement.find("") if len(placement.table) == 1 else None
     for name, key in matched.items():  # in the order of the checkpoint's entries, which is that of the files
-        entry, tensor = entries[key], weights[name].tensor
-        if entry.shape != tensor.shape:
-            mismatched.append(Mismatch(name, entry.file, entry.shape, tuple(tensor.shape), key))
-            continue
+        entry, slot = entries[key], weights[name]
+        tensor, packing = slot.tensor, None
+        wanted: tuple[int, ...] = tensor.shape
         device, dtype = one or placement.device_of(name), tensor.dtype
+        if (entry.shape != wanted or entry.dtype != dtype) and slot.is_packed:
+            packing, wanted = _fit(name, entry, slot)
+            if packing is None:
+                dtype = entry.dtype
+        if entry.shape != wanted:
+            mismatched.append(Mismatch(name, entry.file, entry.shape, tuple(wanted), key))
+            continue
         if device.type == "meta":
             transform = "none"
+        elif packing is not None:
+            transform = "quantize"
         elif entry.dtype != dtype:
             _check_cast(entry, name, dtype)
             transform = "cast"
         else:
             transform = "map" if device.type == "cpu" and entry.offset % dtype.itemsize == 0 else "copy"
-        moves.append(Move(name, entry, device, dtype, transform))
+        moves.append(Move(name, entry, device, dtype, transform, packing))
     return moves, mismatched
+
+
+def _fit(name: str, entry: TensorEntry, slot: Slot) -> tuple[Packing | None, tuple[int, ...]]:
+    """How a tensor that is not what a packed layer holds fits it, if it does, and the shape it must have."""
+    layer: Any = slot.module
+    recipe = layer.load_recipe(slot.attribute) if entry.dtype.is_floating_point and not layer.loads_packed else None
+    if recipe is not None:
+        prefix = name.removesuffix(layer.checkpoint_names.get(slot.attribute, slot.attribute))
+        makes = {made: prefix + layer.checkpoint_names.get(made, made) for made in recipe.makes}
+        size = sum(getattr(layer, made).nbytes for made in makes)
+        return Packing(recipe, makes, size), recipe.shape
+    if entry.dtype != slot.tensor.dtype and not (entry.dtype.is_floating_point and slot.attribute in layer.own_dtype):
+        raise _cannot_become(entry, name, slot.tensor.dtype)
+    fits = layer.accepts(slot.attribute, entry.shape, entry.dtype)
+    return None, entry.shape if fits else tuple(slot.tensor.shape)
+
+
+def _add_made(held: set[str], moves: Sequence[Move]) -> None:
+    """Count what quantizing makes as held; IntegrityError if the checkpoint holds it too."""
+    for move in moves:
+        for made in move.packing.makes.values() if move.packing is not None else ():
+            if made in held and made != move.target:
+                raise IntegrityError(
+                    f"{move.entry.file.name} holds {move.target!r} in floating point and {made!r} of its quantized form"
+                )
+            held.add(made)
 
 
 def _check_cast(entry: TensorEntry, name: str, dtype: torch.dtype) -> None:
@@ -236,7 +302,11 @@ def _check_cast(entry: TensorEntry, name: str, dtype: torch.dtype) -> None:
         return
     if not (entry.dtype.is_floating_point or entry.dtype.is_complex) and not dtype.is_floating_point:
         return  # integers and booleans, for example a mask kept as uint8
-    raise FormatError(
+    raise _cannot_become(entry, name, dtype)
+
+
+def _cannot_become(entry: TensorEntry, name: str, dtype: torch.dtype) -> FormatError:
+    return FormatError(
         f"tensor {entry.name!r} in {entry.file.name} is {str(entry.dtype).removeprefix('torch.')}, which cannot become "
         f"the {str(dtype).removeprefix('torch.')} of {name!r}; is the checkpoint quantized in a way its config hides?"
     )

@@ -19,7 +19,8 @@ class LoadReport:
     """What was loaded, from where, how fast, and what did not fit.
 
     ``mismatched`` holds (name, checkpoint shape, model shape); ``tied`` maps each tied weight to the one it shares;
-    ``bytes_mapped`` were mapped without being read, ``bytes_copied`` cast or copied.
+    ``bytes_mapped`` were mapped without being read, ``bytes_copied`` cast or copied, ``bytes_quantized`` made into
+    codes and scales of ``bytes_packed``.
     """
 
     name: str
@@ -33,6 +34,8 @@ class LoadReport:
     bytes_total: int = 0
     bytes_mapped: int = 0
     bytes_copied: int = 0
+    bytes_quantized: int = 0
+    bytes_packed: int = 0
     seconds: float = 0.0
     device_map: dict[str, int | str] | None = None
 
@@ -69,6 +72,8 @@ class LoadReport:
             "bytes_total": self.bytes_total,
             "bytes_mapped": self.bytes_mapped,
             "bytes_copied": self.bytes_copied,
+            "bytes_quantized": self.bytes_quantized,
+            "bytes_packed": self.bytes_packed,
             "seconds": self.seconds,
             "gb_per_second": self.gb_per_second,
             "device_map": self.device_map,
@@ -77,7 +82,9 @@ class LoadReport:
     def __str__(self) -> str:
         how = [f"{human(self.bytes_mapped)} mapped"] if self.bytes_mapped else []
         how += [f"{human(self.bytes_copied)} copied"] if self.bytes_copied else []
-        speed = f", {self.gb_per_second:.1f} GB/s" if self.bytes_copied else ""
+        if self.bytes_quantized:
+            how.append(f"{human(self.bytes_quantized)} quantized to {human(self.bytes_packed)}")
+        speed = f", {self.gb_per_second:.1f} GB/s" if self.bytes_copied or self.bytes_quantized else ""
         head = (
             f"{self.model_class} from {self.name}: {self.loaded} tensors, {human(self.bytes_total)} "
             f"({', '.join(how) or 'nothing to load'}) in {self.seconds:.3f} s{speed}"
@@ -144,6 +151,8 @@ def describe_plan(plan: Plan) -> str:
     rows = [(f"on {device}", human(size)) for device, size in plan.memory_by_device().items()]
     rows += [(f"as {dtype}", human(size)) for dtype, size in plan.memory_by_dtype().items()]
     rows += [(f"to {transform}", human(size)) for transform, size in plan.bytes_by_transform().items()]
+    before, after = plan.bytes_quantized()
+    rows += [("quantized", f"{human(before)} to {human(after)}")] if before else []
     rows += [("tied", f"{target} = {source}") for target, source in plan.tied.items()]
     rows += [("tied if equal", f"{target} = {source}") for target, source in plan.compare.items()]
     rows += [("MISSING", name) for name in merge_numbers(plan.missing)]

@@ -59,7 +59,7 @@ def save_checkpoint(
         _write_weights(staging, weights)
         last: dict[str, str] = {}
         if len(weights) > 1:
-            last[names.index] = _index(weights)
+            last[names.index] = index_text(weights)
         for name, text in {**texts, **last}.items():
             with open(staging / name, "xb") as file:
                 file.write(text.encode())
@@ -187,7 +187,8 @@ def _write_weights(staging: Path, weights: Mapping[str, Mapping[str, torch.Tenso
             done.result()
 
 
-def _index(weights: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
+def index_text(weights: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
+    """The index of shards, by file name; tensors may be on meta."""
     tensors = [tensor for shard in weights.values() for tensor in shard.values()]
     metadata = {
         "total_parameters": sum(tensor.numel() for tensor in tensors),

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -24,34 +24,40 @@ PIECE = 2 * HUGE  # bytes of destination that a thread populates, fills and leav
 MAX_THREADS = 4
 
 Watch = Callable[[int], None]
+_Job = TypeVar("_Job")
 
 
 class Streamed(NamedTuple):
-    """Loaded tensors by model name, the ties that the bytes confirmed, and what it took."""
+    """Loaded tensors by model name, the ties that the bytes confirmed, and what it took, in bytes of the files."""
 
     tensors: dict[str, torch.Tensor]
     tied: dict[str, str]
     bytes_mapped: int
     bytes_copied: int
+    bytes_quantized: int = 0
 
 
 def stream(plan: Plan, checkpoint: Checkpoint, watch: Watch | None = None) -> Streamed:
-    """Execute a plan; ``watch`` is called with the bytes of each piece that is copied.
+    """Execute a plan; ``watch`` is called with the bytes of each piece that is copied or quantized.
 
     Same dtype on the CPU is a private copy-on-write mapping: nothing is read, and writing to the tensor never reaches
     the file. Raises IntegrityError if a file changed since its header was read.
     """
     files = Files(checkpoint)
-    tied, dropped = _compare(plan, files)
+    tied, dropped = confirm_ties(plan, files)
     moves = [move for move in plan.moves if move.target not in dropped] if dropped else plan.moves
     tensors: dict[str, torch.Tensor] = {}
     on_cpu: list[Move] = []
     away: list[Move] = []
-    mapped = copied = 0
+    to_pack: list[Move] = []
+    mapped = copied = quantized = 0
     for move in moves:
         if move.transform == "map":
             tensors[move.target] = files.view(move.entry)
             mapped += move.entry.nbytes
+        elif move.transform == "quantize":
+            (to_pack if move.device.type == "cpu" else away).append(move)
+            quantized += move.entry.nbytes
         elif move.transform != "none":
             (on_cpu if move.device.type == "cpu" else away).append(move)
             copied += move.entry.nbytes
@@ -59,6 +65,10 @@ def stream(plan: Plan, checkpoint: Checkpoint, watch: Watch | None = None) -> St
         fresh = allocate([(move.entry.shape, move.dtype) for move in on_cpu])
         tensors.update((move.target, tensor) for move, tensor in zip(on_cpu, fresh, strict=True))
         _fill(on_cpu, fresh, files, watch)
+    if to_pack:
+        from .quantize import quantize_on_cpu
+
+        tensors.update(quantize_on_cpu(to_pack, plan.tree, files, watch))
     if away:
         from .accelerator import send
 
@@ -69,10 +79,10 @@ def stream(plan: Plan, checkpoint: Checkpoint, watch: Watch | None = None) -> St
             f"{', '.join(str(path) for path in changed)} changed while being loaded; "
             "load again when nothing writes there (saving beside it and renaming is safe)"
         )
-    return Streamed(tensors, {**plan.tied, **tied}, mapped, copied)
+    return Streamed(tensors, {**plan.tied, **tied}, mapped, copied, quantized)
 
 
-def _compare(plan: Plan, files: Files) -> tuple[dict[str, str], set[str]]:
+def confirm_ties(plan: Plan, files: Files) -> tuple[dict[str, str], set[str]]:
     """Ties whose two weights are equal in the checkpoint, and the targets that need not be loaded for it."""
     if not plan.compare:
         return {}, set()
@@ -134,12 +144,12 @@ def _fill(moves: Sequence[Move], tensors: Sequence[torch.Tensor], files: Files, 
     for path in dict.fromkeys(move.entry.file for move in moves):
         files.raw(path, 0, 0)  # map here: workers only look it up
     work = sum(tensor.nbytes for tensor in tensors)
-    with _one_thread_each():
-        run_all(pieces(), fill, threads=min(MAX_THREADS, _cores(), -(-work // (4 * PIECE))), watch=watch)
+    with one_thread_each():
+        run_all(pieces(), fill, threads=threads_for(-(-work // (4 * PIECE))), watch=watch)
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
     """Torch's own threads off meanwhile: each of ours fills a piece alone, so that none waits for the slowest.
 
     The setting is torch's global one; it is put back, and threads that already run keep theirs.
@@ -152,13 +162,7 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run_all(
-    jobs: Iterator[tuple[torch.Tensor, TensorEntry, int, int]],
-    do: Callable[[tuple[torch.Tensor, TensorEntry, int, int]], int],
-    *,
-    threads: int,
-    watch: Watch | None,
-) -> None:
+def run_all(jobs: Iterator[_Job], do: Callable[[_Job], int], *, threads: int, watch: Watch | None) -> None:
     """Do all jobs with this thread and ``threads - 1`` more; the first exception stops all and is raised here."""
     lock = threading.Lock()
     failures: list[BaseException] = []
@@ -189,6 +193,11 @@ def run_all(
         helper.join()
     if failures:
         raise failures[0]
+
+
+def threads_for(shares: int) -> int:
+    """How many threads to use for so many shares of work."""
+    return min(MAX_THREADS, _cores(), shares)
 
 
 def _cores() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,18 +26,25 @@ class Slot(NamedTuple):
         table = self.module._parameters if self.is_parameter else self.module._buffers
         return table.get(self.attribute)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether it holds codes, or what decodes them: nothing to cast or to initialise."""
+        return self.attribute != "bias" and hasattr(type(self.module), "checkpoint_names")
+
 
 class Tree(NamedTuple):
     """``weights``: parameters and persistent buffers, what a state dict holds, in the order of the modules.
 
     ``transient``: the other buffers. ``modules``: names of all modules. ``shared``: name to the first name that
-    leads to the same tensor (weights tied when the model was built, or one module at two places).
+    leads to the same tensor (weights tied when the model was built, or one module at two places). ``packed``: the
+    layers that hold their weight as codes (`quant.packed.PackedLinear`).
     """
 
     weights: dict[str, Slot]
     transient: dict[str, Slot]
     modules: dict[str, nn.Module]
     shared: dict[str, str]
+    packed: dict[str, nn.Module]
 
     def slots(self) -> Iterator[tuple[str, Slot]]:
         yield from self.weights.items()
@@ -50,6 +57,7 @@ def survey(model: nn.Module) -> Tree:
     transient: dict[str, Slot] = {}
     modules: dict[str, nn.Module] = {}
     shared: dict[str, str] = {}
+    packed: dict[str, nn.Module] = {}
     first: dict[int, str] = {}
 
     def visit(module: nn.Module, prefix: str) -> None:
@@ -62,9 +70,13 @@ def survey(model: nn.Module) -> Tree:
                     shared[name] = first[id(parameter)]
         if module._buffers:
             loose = module._non_persistent_buffers_set
+            renamed: Any = {}
+            if hasattr(type(module), "checkpoint_names"):  # a packed layer: its buffers have other names in files
+                renamed = module.checkpoint_names
+                packed[prefix[:-1]] = module
             for attribute, buffer in module._buffers.items():
                 if buffer is not None:
-                    name = prefix + attribute
+                    name = prefix + renamed.get(attribute, attribute)
                     table = transient if attribute in loose else weights
                     table[name] = Slot(module, attribute, buffer, False)
                     if table is weights and first.setdefault(id(buffer), name) != name:
@@ -74,4 +86,4 @@ def survey(model: nn.Module) -> Tree:
                 visit(child, f"{prefix}{attribute}.")
 
     visit(model, "")
-    return Tree(weights, transient, modules, shared)
+    return Tree(weights, transient, modules, shared, packed)

@@ -6,7 +6,7 @@ import ctypes
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -70,10 +70,10 @@ def write_safetensors(
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     file = open(path, "xb")  # noqa: SIM115  the caller syncs and closes it
     try:
-        file.write(_header(ordered, metadata))
+        file.write(header_bytes(ordered, metadata))
         pending = 0
         for name, tensor in ordered:
-            for piece in _pieces(name, tensor):
+            for piece in pieces_of(name, tensor):
                 file.write(piece)
                 pending += len(piece)
                 if pending >= _CHUNK:
@@ -91,7 +91,8 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _header(ordered: list[tuple[str, torch.Tensor]], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(ordered: Sequence[tuple[str, torch.Tensor]], metadata: Mapping[str, str], at_least: int = 0) -> bytes:
+    """What comes before the tensors' bytes, which follow each other in this order; ``at_least`` so many bytes."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, tensor in ordered:
@@ -103,11 +104,11 @@ def _header(ordered: list[tuple[str, torch.Tensor]], metadata: Mapping[str, str]
         }
         offset = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    text += b" " * max(-(len(text) + 8) % _ALIGNMENT, at_least - len(text) - 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _pieces(name: str, tensor: torch.Tensor) -> Iterator[memoryview]:
+def pieces_of(name: str, tensor: torch.Tensor) -> Iterator[memoryview]:
     """The tensor's bytes in pieces of at most ``_CHUNK``, without a copy where its memory allows it."""
     size = tensor_bytes(tensor)
     if not size:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..errors import ArgumentError, AttentionError, ConfigError, nearest
+from ..errors import ArgumentError, AttentionError, ConfigError, GenerationError, nearest
 from ..kernels import AUTO, Kernels
 from ..loading.collector import collector_paused
-from . import pretrained
+from ..quant.packed import refuse_cast, refuse_training
+from . import pretrained, quantized
+from .adapters.methods import AdapterMethods
 from .cache import one_spelling
 from .configuration import PreTrainedConfig
 from .head import why_not_fused
@@ -27,7 +29,7 @@ _Model = TypeVar("_Model", bound="CausalLM")
 _LOSS_KWARGS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
-class CausalLM(nn.Module):
+class CausalLM(AdapterMethods, nn.Module):
     """A decoder and a language-modelling head.
 
     Class attributes an architecture declares:
@@ -49,6 +51,11 @@ class CausalLM(nn.Module):
 
     lm_head: nn.Module
     kernels: Kernels = AUTO
+    hf_quantizer: Any = None
+    is_quantized: bool = False
+    is_loaded_in_4bit: bool = False
+    is_loaded_in_8bit: bool = False
+    quantization_method: str | None = None
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -58,6 +65,7 @@ class CausalLM(nn.Module):
                 f"to load weights use {type(self).__name__}.from_pretrained(name_or_path)"
             )
         self.config: Any = config
+        self.name_or_path: str = config.name_or_path  # what it was loaded from, or an empty string; PEFT writes it
         self.load_report: Any = None
         self._generation_config: Any = None
         if config._attn_implementation is None:
@@ -83,7 +91,8 @@ class CausalLM(nn.Module):
         """Initialise one module's own parameters: normal with ``config.initializer_range``, norms 1, biases 0."""
         std = getattr(self.config, "initializer_range", 0.02)
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=std)
+            if module.weight.is_floating_point():  # else codes, which never come from here
+                nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -159,6 +168,8 @@ class CausalLM(nn.Module):
             logits = self.lm_head(hidden_states)
             if has_labels:
                 loss = kernels.causal_lm_loss(logits, labels, kernels=self.kernels, **loss_kwargs)
+        if self.is_quantized:
+            quantized.check_learns(self, loss)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -184,7 +195,22 @@ class CausalLM(nn.Module):
         """
         from .generation import generate
 
+        replaced = vars(self).get("prepare_inputs_for_generation")
+        if replaced is not None and replaced.__func__ is not type(self).prepare_inputs_for_generation:
+            raise GenerationError(
+                "generate() builds its own inputs and would ignore prepare_inputs_for_generation, which "
+                f"{type(replaced.__self__).__name__} put in place of the model's (prompt tuning does); LoRA can"
+            )
         return generate(self, inputs, generation_config=generation_config, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """The keywords of one forward of a generation loop of your own (`generate` has its own): what is not cached.
+
+        input_ids: (batch, seq), all tokens so far. kwargs: of `forward`, ``past_key_values`` among them.
+        """
+        past = kwargs.get("past_key_values")
+        seen = 0 if past is None else past.get_seq_length()
+        return {**kwargs, "input_ids": input_ids[:, seen:]}
 
     @property
     def generation_config(self) -> Any:
@@ -260,6 +286,7 @@ class CausalLM(nn.Module):
     ) -> None:
         """Write weights as safetensors, the index if sharded, config.json and generation_config.json.
 
+        With adapters on the model it writes the active one only, as `save_adapter` does.
         The directory holds the old checkpoint or the new one whole, whatever happens in between.
         is_main_process: False writes nothing (distributed training). state_dict: instead of the model's own.
         max_shard_size: bytes or "5GB". variant: as in ``model.<variant>.safetensors``. push_to_hub: upload too, with
@@ -333,17 +360,12 @@ class CausalLM(nn.Module):
         """The device of the first parameter, which is where inputs belong."""
         return next(self.parameters()).device
 
-    @property
-    def name_or_path(self) -> str:
-        """What the model was loaded from, or an empty string."""
-        return self.config.name_or_path
-
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of parameters, tied ones counted once."""
-        excluded: set[int] = set()
+        """Number of parameters, tied ones counted once; codes count as the numbers they stand for."""
+        excluded, codes = quantized.packed_numbers(self) if self.is_quantized else (set(), 0)
         if exclude_embeddings:
-            excluded = {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        return sum(
+            excluded |= {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        return (0 if only_trainable else codes) + sum(
             p.numel() for p in self.parameters() if id(p) not in excluded and (p.requires_grad or not only_trainable)
         )
 
@@ -352,6 +374,37 @@ class CausalLM(nn.Module):
         tensors: Iterator[Tensor] = self.parameters()
         total = sum(p.nbytes for p in tensors)
         return total + sum(b.nbytes for b in self.buffers()) if return_buffers else total
+
+    # Quantization
+
+    def set_quantizer(self, quantizer: Any) -> None:
+        """Note the `Quantizer` whose packed layers the model has, None for none; its configuration goes into ours."""
+        self.hf_quantizer = quantizer
+        self.is_quantized = quantizer is not None
+        bits = None if quantizer is None else quantizer.bits
+        self.is_loaded_in_4bit, self.is_loaded_in_8bit = bits == 4, bits == 8
+        self.quantization_method = None
+        if quantizer is not None:
+            self.config.quantization_config = quantizer.config
+            self.quantization_method = quantizer.config.quant_method
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> CausalLM:
+        """Decode the packed weights, to ``dtype`` or that of before; the model, changed in place, is a plain one again.
+
+        Raises QuantizationError if it is not quantized.
+        """
+        return quantized.dequantize(self, dtype)
+
+    def requires_grad_(self: _Model, requires_grad: bool = True) -> _Model:
+        """As for any module; True is a QuantizationError on a quantized model, whose codes have no gradient."""
+        if requires_grad and self.is_quantized:
+            refuse_training()
+        return super().requires_grad_(requires_grad)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.is_quantized:
+            refuse_cast(fn)  # before the first module is cast
+        return super()._apply(fn, recurse)
 
     # Training
 

@@ -236,6 +236,9 @@ class PreTrainedConfig:
         values = {name: copy.deepcopy(v) for name, v in self.__dict__.items() if not name.startswith("_")}
         if self.dtype is not None:
             values["dtype"] = dtype_name(self.dtype)
+        quantization: Any = values.get("quantization_config")
+        if callable(getattr(quantization, "to_dict", None)):
+            values["quantization_config"] = quantization.to_dict()
         values["model_type"] = self.model_type
         return values
 

@@ -198,7 +198,7 @@ class GPT2LMHeadModel(CausalLM):
         if isinstance(module, Conv1D):
             nn.init.normal_(module.weight, std=std)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, (GPT2Attention, GPT2MLP)):
+        elif isinstance(module, (GPT2Attention, GPT2MLP)) and module.c_proj.weight.is_floating_point():
             nn.init.normal_(module.c_proj.weight, std=std / math.sqrt(2 * self.config.n_layer))
 
     def forward(  # type: ignore[override]

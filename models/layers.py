@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -35,6 +36,20 @@ class Embedding(nn.Embedding):
 class Conv1D(nn.Module):
     """A linear layer with its weight stored (in_features, out_features), as GPT-2's checkpoints hold it."""
 
+    weight_is_in_out = True
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The class, as `isinstance` asks for it: once PEFT is imported, transformers' Conv1D beside this one.
+
+        PEFT knows layers that store their weight so by that class alone. ``type(layer)`` is this class always.
+        """
+        peer = sys.modules.get("transformers.pytorch_utils") if "peft" in sys.modules else None
+        return getattr(peer, "Conv1D", type(self))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (type(self),), self.__dict__  # pickle would compare the class with ``__class__``
+
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
         self.nf, self.nx = out_features, in_features
@@ -48,6 +63,11 @@ class Conv1D(nn.Module):
 
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}"
+
+
+def _blank(layer: type[nn.Module]) -> nn.Module:
+    """An instance without state, for copy and pickle."""
+    return layer.__new__(layer)
 
 
 class RMSNorm(nn.Module):

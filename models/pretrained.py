@@ -7,6 +7,7 @@ nothing is allocated, before every argument, name and shape is known to be right
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,14 +21,16 @@ from ..kernels import Kernels, check_attention
 from ..loading.checkpoint import Checkpoint, open_checkpoint
 from ..loading.load import load_into
 from ..loading.source import HUB_ARGUMENTS, Source, resolve_source
-from ..quant import refuse_quantized
+from .adapters.files import AdaptedSource, with_base
 from .configuration import PreTrainedConfig
 from .fields import parse_dtype
 from .meta import MetaBuild
+from .quantized import choose_quantizer, default_place, plain_config, quantize_on_meta
 
 if TYPE_CHECKING:
     from .causal_lm import CausalLM
 
+logger = logging.getLogger("loadstone.models")
 _Model = TypeVar("_Model", bound="CausalLM")
 _LOAD_ARGUMENTS = (
     "config", "dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation", "kernels",
@@ -69,20 +72,22 @@ def load_pretrained(
     hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
     for name in _NO_EFFECT:
         kwargs.pop(name, None)
-    source = resolve_source(name_or_path, **hub)
+    source = with_base(resolve_source(name_or_path, **hub), hub)
     config = _configuration(cls, source, config, kwargs, hub)
     selection = _choose(config, attn_implementation, kernels)
-    refuse_quantized(source.name, getattr(config, "quantization_config", None), quantization_config)
+    quantizer = choose_quantizer(source.name, config, quantization_config)
     checkpoint = open_checkpoint(source, variant=variant, use_safetensors=use_safetensors)
     config.dtype = choose_dtype(dtype if dtype is not None else torch_dtype, config, checkpoint)
-    generation_config = _generation_config(generation_config, source, config)
+    generation_config = generation_config_of(generation_config, source, config)
 
     model = build_on_meta(cls, config)
+    if quantizer is not None:
+        quantize_on_meta(model, quantizer, device_map)
     model.set_kernels(selection)
     report = load_into(
         model,
         checkpoint,
-        device_map=device_map,
+        device_map=default_place(quantizer, device_map),
         max_memory=max_memory,
         skip_keys=model._skip_keys_device_placement,
         key_mapping=key_mapping,
@@ -92,9 +97,13 @@ def load_pretrained(
         progress=progress,
         **declarations(model),
     )
+    if quantizer is not None:
+        quantizer.check(model)
     model.load_report = report
     model.generation_config = generation_config
     model.eval()
+    if isinstance(source, AdaptedSource):
+        model.load_adapter(source.adapter)
     return (model, report.loading_info()) if output_loading_info else model
 
 
@@ -166,7 +175,8 @@ def choose_dtype(asked: Any, config: PreTrainedConfig, checkpoint: Checkpoint) -
     return next(floating, torch.get_default_dtype())
 
 
-def _generation_config(given: Any, source: Source, config: PreTrainedConfig) -> Any:
+def generation_config_of(given: Any, source: Source, config: PreTrainedConfig) -> Any:
+    """The caller's generation configuration, else the checkpoint's, None where it has none."""
     if given is not None:
         return given
     if (path := source.find("generation_config.json")) is None:
@@ -207,6 +217,11 @@ def build_from_config(
         config.dtype = parse_dtype(asked)
     elif config.dtype is None:
         config.dtype = torch.get_default_dtype()
+    if getattr(config, "quantization_config", None) is not None:
+        logger.warning(
+            "%s.from_config makes new weights, which are not quantized: quantization_config is left out", cls.__name__
+        )
+        plain_config(config)
     selection = _choose(config, attn_implementation, kernels)
     model = cls(config)
     model.set_kernels(selection)
@@ -236,11 +251,20 @@ def save_pretrained(
     if push_kwargs and not push_to_hub:
         name = next(iter(push_kwargs))
         raise ArgumentError(f"save_pretrained got an unknown argument {name!r} (push_to_hub is False)")
+    if model.adapters:
+        if state_dict is not None or push_to_hub:
+            raise ArgumentError(
+                "with adapters save_pretrained writes the active adapter alone, to a directory: leave out state_dict "
+                "and push_to_hub, or merge_and_unload() the adapters first"
+            )
+        if is_main_process:
+            model.save_adapter(save_directory)
+        return
     if is_main_process:
         save_checkpoint(
             save_directory,
             model.state_dict() if state_dict is None else state_dict,
-            texts=_texts(model),
+            texts=texts_of(model),
             max_shard_size=max_shard_size,
             variant=variant,
             tied=tuple(model.active_ties()),
@@ -252,11 +276,13 @@ def save_pretrained(
         push_directory(save_directory, repo_id, token=token, variant=variant, **push_kwargs)
 
 
-def _texts(model: CausalLM) -> dict[str, str]:
+def texts_of(model: CausalLM) -> dict[str, str]:
     """The text files of a checkpoint, by name."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
+    if not model.is_quantized:
+        plain_config(config)
     return {"config.json": config.to_json_string(), "generation_config.json": model.generation_config.to_json_string()}
 
 
@@ -268,6 +294,10 @@ def push_to_hub(
 
     from ..loading.upload import push_directory
 
+    if model.adapters:
+        raise ArgumentError(
+            "a model with adapters is not pushed whole: merge_and_unload() them, or save_adapter() and upload that"
+        )
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant)
         return push_directory(folder, repo_id, variant=variant, **kwargs)

@@ -11,10 +11,10 @@ import torch
 from ..loading.checkpoint import Checkpoint, open_checkpoint
 from ..loading.plan import Plan, make_plan
 from ..loading.source import Source
-from ..quant import refuse_quantized
 from .causal_lm import CausalLM
 from .configuration import PreTrainedConfig
 from .pretrained import build_on_meta, choose_dtype, declarations
+from .quantized import choose_quantizer, quantize_on_meta
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ def preview(
     device_map: Any = None,
     max_memory: Mapping[int | str, int | str] | None = None,
     variant: str | None = None,
+    quantization_config: Any = None,
 ) -> Preview:
     """Plan ``cls.from_pretrained(source, ...)`` without reading weights; devices need not exist on this machine.
 
@@ -42,10 +43,12 @@ def preview(
     checkpoint and model is in the plan, not raised.
     """
     config = cls.config_class.from_pretrained(source)
-    refuse_quantized(source.name, getattr(config, "quantization_config", None), None)
+    quantizer = choose_quantizer(source.name, config, quantization_config)
     checkpoint = open_checkpoint(source, variant=variant)
     config.dtype = choose_dtype(dtype, config, checkpoint)
     model = build_on_meta(cls, config)
+    if quantizer is not None:
+        quantize_on_meta(model, quantizer, device_map)
     plan = make_plan(
         model,
         checkpoint,

@@ -1,10 +1,28 @@
-"""Floor 2, in what form weights are held.
+"""Floor 2, in what form weights are held: codecs, packed linear layers, methods by name."""
 
-This version holds weights in floating point only. A checkpoint that declares a quantization, or a caller who asks for
-one, is refused here with a clear error: loading packed bytes as if they were numbers would give a model that runs and
-talks nonsense.
-"""
+from __future__ import annotations
 
-from .declared import declared_method, refuse_quantized
+from importlib import import_module
+from typing import Any
 
-__all__ = ["declared_method", "refuse_quantized"]
+_HOMES = {
+    "AwqConfig": "awq",
+    "BitsAndBytesConfig": "config",
+    "GPTQConfig": "gptq",
+    "Linear4bit": "linear",
+    "Linear8bitLt": "linear",
+    "PackedLinear": "packed",
+    "Quantizer": "quantizer",
+    "Recipe": "packed",
+    "WeightOnlyConfig": "weight_only",
+    "find_quantizer": "registry",
+    "quantization_methods": "registry",
+    "register_quantizer": "registry",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -103,7 +103,8 @@ class AutoModelForCausalLM:
     ) -> Any:
         """Load a checkpoint into the class its model_type is registered with; returns it in evaluation mode.
 
-        pretrained_model_name_or_path: a directory with config.json and safetensors, or a Hub repository id.
+        pretrained_model_name_or_path: a directory with config.json and safetensors, or a Hub repository id; or of a
+            LoRA adapter in PEFT's format: the base that it names is loaded with these arguments, then the adapter.
         config: a configuration, or where to read one, instead of the checkpoint's. Keyword arguments that are fields
             of the configuration override it.
         dtype: a torch dtype or its name; None and "auto" take config.json's, else that of the first tensor.
@@ -115,7 +116,9 @@ class AutoModelForCausalLM:
             or a registered name.
         kernels: which implementation of the other operations runs: "auto" (Triton on a GPU, torch elsewhere), "torch",
             "triton" (attention too, if attn_implementation is not given), a registered name, or {operation: name}.
-        quantization_config: refused in this version.
+        quantization_config: a `BitsAndBytesConfig`, or of another registered method, or its dictionary: weights of
+            linear layers are quantized as they come, one by one. A checkpoint that is quantized already keeps its own.
+            bitsandbytes' methods go to the current GPU, if there is one, when no device_map is given.
         variant: load ``model.<variant>.safetensors``. use_safetensors: False is refused, pickles are not read.
         key_mapping: {regular expression: replacement}, applied to the checkpoint's keys.
         ignore_mismatched_sizes: initialise parameters whose shapes differ instead of raising. strict: raise if
@@ -132,16 +135,20 @@ class AutoModelForCausalLM:
         Raises NotFoundError, OfflineError or GatedError where files cannot be had; ConfigError and
             UnsupportedModelError for the configuration; FormatError, IntegrityError, PathError, ShapeMismatchError,
             MissingWeightsError for the weights; DeviceMapError; AttentionError and KernelError for what
-            is unknown or cannot run here; ArgumentError (a TypeError) for an unknown keyword. All before a byte
-            of weights is read; no half-built model is left.
+            is unknown or cannot run here; QuantizationError for an unknown method, a wrong configuration and codes that
+            do not fit; ArgumentError (a TypeError) for an unknown keyword. All before a byte of weights is read, but
+            for numbers that have no code (infinities, NaN); no half-built model is left.
         """
+        from ..models.adapters.files import with_base
+
         hub: dict[str, Any] = {
             "cache_dir": cache_dir,
             "force_download": force_download,
             "local_files_only": local_files_only,
         }
-        source = resolve_source(
-            pretrained_model_name_or_path, **hub, token=token, revision=revision, subfolder=subfolder
+        source = with_base(
+            resolve_source(pretrained_model_name_or_path, **hub, token=token, revision=revision, subfolder=subfolder),
+            {**hub, "token": token},
         )
         with collector_paused():
             model_class = cls._class_for(source, config, hub, token, trust_remote_code)

@@ -258,5 +258,30 @@ FAMILIES["flash, softcap"] = Family(lambda dtype: _flash(dtype, 128, softcap=30.
 FAMILIES["flash, dropout"] = Family(lambda dtype: _flash(dtype, 64, dropout=0.1), (BF16,), ("sm_90",), _FLASH, 64)
 
 
+def _four_bit(dtype: torch.dtype) -> None:
+    """A 4-bit weight decoded, and multiplied with one row and with as many as one product takes."""
+    from loadstone.kernels.fused import four_bit
+
+    for shape in ([4096, 14336], [1024, 4096]):
+        count = shape[0] * shape[1]
+        packed, code = torch.empty(count // 2, dtype=torch.uint8), torch.empty(16, dtype=FP32)
+        absmax, bias = torch.empty(count // 64, dtype=FP32), empty(shape[0], dtype=dtype)
+        for rows in (1, four_bit.MOST_ROWS):
+            backward(four_bit.linear_4bit(empty(rows, shape[1], dtype=dtype), packed, absmax, code, 64, shape, bias))
+
+
+def _eight_bit(dtype: torch.dtype) -> None:
+    from loadstone.kernels.fused import eight_bit
+
+    weight, scb = torch.empty(4096, 14336, dtype=torch.int8), torch.empty(4096, dtype=FP32)
+    for rows in (1, 512):
+        x = torch.zeros(rows, 14336, dtype=dtype)
+        eight_bit.linear_int8(x, weight, scb, None, 6.0)
+
+
+FAMILIES["four bit"] = Family(_four_bit, matrix=("multiply_4bit",))
+FAMILIES["eight bit"] = Family(_eight_bit, (BF16,))
+
+
 if __name__ == "__main__":
     print(json.dumps(report(sys.argv[1], sys.argv[2:]), default=str))

@@ -345,7 +345,10 @@ def test_every_kernel_has_a_call_that_runs_it_with_the_sizes_tried(kernel: str, 
     seen: list[int] = []
     inner = launch.launch
     with pytest.MonkeyPatch.context() as patch, tuning.trying(kernel, shape_class, other):
-        for module in ("cross_entropy", "flash_forward", "flash_backward", "flash_decode", "norm", "rotary", "gate"):
+        for module in (
+            "cross_entropy", "eight_bit", "flash_forward", "flash_backward", "flash_decode", "four_bit", "gate", "norm",
+            "rotary",
+        ):  # fmt: skip
             patch.setattr(
                 f"loadstone.kernels.fused.{module}.launch",
                 lambda *args, **options: (seen.append(options.get("num_warps", 0)), inner(*args, **options))[1],

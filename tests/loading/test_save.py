@@ -354,13 +354,13 @@ state = {{f"l{{i}}": torch.ones(1 << 20) for i in range(16)}}
 save_checkpoint({str(tmp_path / "w")!r}, {{"a": torch.ones(4)}}, texts={{}})
 before, peak = anonymous(), 0
 from loadstone.loading import writer
-plain = writer._pieces
+plain = writer.pieces_of
 def measured(*args):
     global peak
     for piece in plain(*args):
         yield piece
         peak = max(peak, anonymous())
-writer._pieces = measured
+writer.pieces_of = measured
 save_checkpoint({str(tmp_path / "m")!r}, state, texts={{}})
 print(peak - before)
 """

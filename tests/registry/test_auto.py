@@ -186,8 +186,8 @@ class _Asked:
     quant_method = "bitsandbytes"
 
 
-@pytest.mark.parametrize("asked", [{"load_in_4bit": True}, {"quant_method": "gptq"}, _Asked(), {}, object()])
-def test_quantization_is_refused(llama: Path, asked: Any) -> None:
+@pytest.mark.parametrize("asked", [{"load_in_4bit": "yes"}, {"quant_method": "new"}, _Asked(), {}, object()])
+def test_wrong_quantization_is_refused(llama: Path, asked: Any) -> None:
     with pytest.raises(QuantizationError):
         AutoModelForCausalLM.from_pretrained(llama, quantization_config=asked)
 

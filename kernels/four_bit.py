@@ -1,0 +1,181 @@
+"""4-bit weights in blocks that share a scale: decoded, and multiplied with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import KernelError
+from .dispatch import AUTO, Kernels, declare, dispatch
+from .library import define
+
+# Numbers decoded at a time, in fp32: on a CPU they stay in its cache until they are multiplied.
+_CHUNK = {"cpu": 1 << 18, "gpu": 1 << 26}
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    kernels: Kernels = AUTO,
+) -> Tensor:
+    """``code[nibble] * scale of its block``, in fp32, rounded to ``dtype``; of ``shape``.
+
+    packed: (ceil(n / 2),) uint8, the first of two codes in the high bits. absmax: (ceil(n / blocksize),) fp32, one for
+    each ``blocksize`` numbers, which is even, of the flattened tensor. code: (16,) fp32.
+    Raises KernelError if these do not fit each other.
+    """
+    _check(packed, absmax, code, blocksize, shape)
+    return dispatch(kernels, "dequantize_4bit", packed, absmax, code, blocksize, list(shape), dtype)
+
+
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    shape: Sequence[int],
+    bias: Tensor | None = None,
+    *,
+    kernels: Kernels = AUTO,
+) -> Tensor:
+    """``x @ weight.T + bias`` with a 4-bit weight, decoded to the dtype of ``x``; differentiable in x and bias.
+
+    x: (..., in_features); under autocast it is cast as in a linear layer. packed, absmax, code, blocksize: as in
+    `dequantize_4bit`. shape: (out_features, in_features). bias: (out_features,) or None, cast to the dtype of x.
+    Returns (..., out_features) in that dtype. The weight is never held decoded as a whole in the forward pass on a CPU;
+    the backward pass decodes it. Raises KernelError if shapes do not fit each other.
+    """
+    _check(packed, absmax, code, blocksize, shape)
+    if len(shape) != 2 or x.dim() == 0 or x.shape[-1] != shape[1] or (bias is not None and bias.shape != shape[:1]):
+        raise KernelError(
+            f"a 4-bit weight of shape {tuple(shape)} cannot multiply x of shape {tuple(x.shape)}"
+            f"{'' if bias is None else f', with a bias of {tuple(bias.shape)}'}; it needs (..., in_features)"
+        )
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    bias = None if bias is None else bias.to(x.dtype)
+    return dispatch(kernels, "linear_4bit", x, packed, absmax, code, blocksize, list(shape), bias)
+
+
+def _check(packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int]) -> None:
+    count = math.prod(shape)
+    if blocksize <= 0 or blocksize % 2 or count <= 0:
+        raise KernelError(f"4-bit blocks have an even number of numbers, not {blocksize}; the shape is {tuple(shape)}")
+    wanted = (
+        ("packed", packed, (count + 1) // 2, torch.uint8),
+        ("absmax", absmax, -(-count // blocksize), torch.float32),
+        ("code", code, 16, torch.float32),
+    )
+    for name, tensor, size, dtype in wanted:
+        if tensor.dtype != dtype or tensor.shape != (size,):
+            raise KernelError(
+                f"{name} of a 4-bit tensor of shape {tuple(shape)} in blocks of {blocksize} is ({size},) {dtype}, not "
+                f"{tuple(tensor.shape)} {tensor.dtype}"
+            )
+
+
+def _decode(out: Tensor, packed: Tensor, absmax: Tensor, pairs: Tensor, blocksize: int) -> None:
+    """Fill ``out``, flat, from its codes; ``pairs``: see `_pairs`."""
+    count = out.numel()
+    numbers = torch.index_select(pairs, 0, packed.int()).view(torch.float32)
+    whole = count // blocksize * blocksize
+    blocks = numbers[:whole].view(-1, blocksize)
+    torch.mul(blocks, absmax[: blocks.shape[0]].unsqueeze(1), out=blocks)
+    if whole < count:
+        numbers[whole:].mul_(absmax[-1])
+    out.copy_(numbers[:count])
+
+
+def _pairs(code: Tensor) -> Tensor:
+    """(256,): the two numbers of each byte, side by side in what is handled as one double."""
+    return torch.stack((code.repeat_interleave(16), code.repeat(16)), 1).view(torch.float64).view(-1)
+
+
+def _chunk(device: torch.device) -> int:
+    return _CHUNK["cpu" if device.type == "cpu" else "gpu"]
+
+
+def _torch_decode(
+    packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    out = torch.empty(list(shape), dtype=dtype, device=packed.device)
+    flat, pairs = out.view(-1), _pairs(code)
+    step = max(1, _chunk(packed.device) // blocksize) * blocksize
+    for start in range(0, flat.numel(), step):
+        part = flat[start : start + step]
+        codes, scales = packed[start // 2 :][: (part.numel() + 1) // 2], absmax[start // blocksize :]
+        _decode(part, codes, scales[: -(-part.numel() // blocksize)], pairs, blocksize)
+    return out
+
+
+def _torch_forward(
+    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int], bias: Tensor | None
+) -> Tensor:
+    rows, width = shape
+    least = blocksize // math.gcd(blocksize, width)  # rows that end where a block does
+    step = max(1, _chunk(x.device) // (width * least)) * least
+    if step >= rows:
+        return F.linear(x, _torch_decode(packed, absmax, code, blocksize, shape, x.dtype), bias)
+    out = x.new_empty((*x.shape[:-1], rows))
+    weight, pairs = x.new_empty(step * width), _pairs(code)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        first, numbers = start * width, count * width
+        codes, scales = packed[first // 2 :][: (numbers + 1) // 2], absmax[first // blocksize :]
+        _decode(weight[:numbers], codes, scales[: -(-numbers // blocksize)], pairs, blocksize)
+        part = None if bias is None else bias[start : start + count]
+        out[..., start : start + count] = F.linear(x, weight[:numbers].view(count, width), part)
+    return out
+
+
+def fake_decode(
+    packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """The result's shape and dtype, for compilers."""
+    return packed.new_empty(list(shape), dtype=dtype)
+
+
+def fake_linear(
+    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int], bias: Tensor | None
+) -> Tensor:
+    """The result's shape and dtype, for compilers."""
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+def keep_codes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Save what `linear_backward` needs: the packed weight, which is there anyway."""
+    ctx.save_for_backward(*inputs[1:4])
+    ctx.blocksize, ctx.shape = inputs[4], inputs[5]
+
+
+def linear_backward(decode: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward pass of ``linear_4bit`` that decodes with ``decode``; itself differentiable in the gradient."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_x = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = grad @ decode(*ctx.saved_tensors, ctx.blocksize, ctx.shape, grad.dtype)
+        if ctx.needs_input_grad[6]:
+            of_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return of_x, None, None, None, None, None, of_bias
+
+    return backward
+
+
+_decode_operation = define("dequantize_4bit", _torch_decode, fake_decode)
+_linear_operation = define(
+    "linear_4bit", _torch_forward, fake_linear, backward=linear_backward(_decode_operation), setup_context=keep_codes
+)
+declare("dequantize_4bit", _decode_operation, "four_bit")
+declare("linear_4bit", _linear_operation, "four_bit")

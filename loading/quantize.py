@@ -1,0 +1,110 @@
+"""Packed layers while loading: what a file holds of them is checked, and floating-point tensors become codes.
+
+Each tensor is quantized by one thread as it comes from its file, while the system reads those that follow: besides the
+codes there is, for each thread, one tensor at most that had to be cast or transposed, and what its method works with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import QuantizationError
+from .arena import DONTNEED, POPULATE_READ, WILLNEED, Populator, advise, allocate
+from .checkpoint import Checkpoint
+from .files import Files
+from .header import TensorEntry
+from .plan import Move, Plan
+from .stream import Watch, one_thread_each, run_all, threads_for
+from .tree import Tree
+
+_AHEAD = 2  # tensors that the system is asked to read before their turn
+_WORTH_A_THREAD = 4 << 20  # bytes
+
+
+def check_packed(plan: Plan, checkpoint: Checkpoint) -> None:
+    """QuantizationError for packed layers whose tensors in the checkpoint do not fit each other.
+
+    Reads what the layers name in ``read_first``: scales and descriptions, not the codes.
+    """
+    files = Files(checkpoint)
+    found: dict[int, dict[str, torch.Tensor]] = {id(layer): {} for layer in plan.tree.packed.values()}
+    for move in plan.moves:
+        slot = plan.tree.weights[move.target]
+        layer: Any = slot.module
+        if slot.is_packed and move.packing is None:
+            if slot.attribute in layer.read_first:
+                part = source_of(move.entry, files)
+            else:
+                part = torch.empty(move.entry.shape, dtype=move.entry.dtype, device="meta")
+            found[id(layer)][slot.attribute] = part
+    for name, layer in plan.tree.packed.items():
+        parts = found[id(layer)]
+        if parts:
+            try:
+                layer.check_parts(parts)
+            except QuantizationError as error:
+                raise QuantizationError(f"{checkpoint.name}: quantized layer {name!r}: {error}") from error
+
+
+def source_of(entry: TensorEntry, files: Files) -> torch.Tensor:
+    """A checkpoint's tensor, in its shape, on the CPU; a view of the file where that aligns it."""
+    return files.flat(entry, 0, entry.nbytes // entry.dtype.itemsize).view(entry.shape)
+
+
+def make_codes(move: Move, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the layer's recipe makes of a tensor on its device, by name of weight."""
+    packing = move.packing
+    assert packing is not None
+    recipe = packing.recipe
+    try:
+        made = recipe.run(tensor.to(recipe.dtype))
+    except QuantizationError as error:
+        raise QuantizationError(f"tensor {move.entry.name!r} in {move.entry.file.name}: {error}") from error
+    if made.keys() != packing.makes.keys():
+        raise QuantizationError(
+            f"the recipe for {move.target!r} made {sorted(made)}, where it says it makes {sorted(packing.makes)}"
+        )
+    return {packing.makes[attribute]: part for attribute, part in made.items()}
+
+
+def quantize_on_cpu(moves: Sequence[Move], tree: Tree, files: Files, watch: Watch | None) -> dict[str, torch.Tensor]:
+    """The tensors that all moves make, by a few threads.
+
+    They are copied to memory of their own: left where they were made, among what was freed since, they would keep the
+    system from having that back.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    names = [name for move in moves for name in (move.packing.makes.values() if move.packing is not None else ())]
+    held = [tree.weights[name].tensor for name in names]
+    room = dict(zip(names, allocate([(tensor.shape, tensor.dtype) for tensor in held]), strict=True))
+    populate = Populator()
+
+    def jobs() -> Iterator[Move]:
+        for number, move in enumerate(moves):
+            if number + _AHEAD < len(moves):
+                ahead = moves[number + _AHEAD].entry
+                advise(files.octets(ahead.file, ahead.offset, ahead.offset + ahead.nbytes), WILLNEED, inside=False)
+            yield move
+
+    def do(move: Move) -> int:
+        entry = move.entry
+        octets = files.octets(entry.file, entry.offset, entry.offset + entry.nbytes)
+        advise(octets, POPULATE_READ, inside=False)
+        for name, part in make_codes(move, source_of(entry, files)).items():
+            place = room[name]
+            if place.shape == part.shape and place.dtype == part.dtype:
+                populate(place)
+                part = place.copy_(part)
+            tensors[name] = part
+        advise(octets, DONTNEED, inside=True)
+        return entry.nbytes
+
+    for path in dict.fromkeys(move.entry.file for move in moves):
+        files.raw(path, 0, 0)  # map here: workers only look it up
+    work = sum(move.entry.nbytes for move in moves)
+    with one_thread_each():
+        run_all(jobs(), do, threads=threads_for(min(len(moves), -(-work // _WORTH_A_THREAD))), watch=watch)
+    return tensors

@@ -1,0 +1,218 @@
+"""PEFT's adapter format, adapter_config.json and adapter_model.safetensors: written, and read as files of strangers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ...errors import (
+    ArgumentError,
+    ConfigError,
+    MissingWeightsError,
+    NotFoundError,
+    RepoIdError,
+    ShapeMismatchError,
+    UnexpectedWeightsError,
+    UnsafeFormatError,
+    nearest,
+)
+from ...loading.atomic import Contents, replace_contents
+from ...loading.checkpoint import Checkpoint
+from ...loading.files import Files
+from ...loading.header import TensorEntry, read_header
+from ...loading.source import Source, check_repo_id, resolve_source
+from ...loading.strict_json import parse_json
+from ...loading.writer import check_writable, sync, write_safetensors
+from .attach import attach, check_head, lora_layers, outer_modules, set_adapter
+from .config import LoraConfig
+from .layer import features, is_adaptable
+
+if TYPE_CHECKING:
+    from ..causal_lm import CausalLM
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
+_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_MOST_CONFIG = 1 << 20
+_SHOWN = 4
+
+
+def save_adapter(model: CausalLM, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+    """See `AdapterMethods.save_adapter`."""
+    name = adapter_name if adapter_name is not None else model.active_adapter
+    if name is None or name not in model.adapters:
+        held = ", ".join(model.adapters) or "none"
+        raise ArgumentError(f"there is no adapter {name!r} to save (the model has {held})")
+    config = model.adapters[name]
+    layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.scaling}
+    tensors: dict[str, Tensor] = {}
+    for path, layer in layers.items():
+        for side, matrices in (("A", layer.lora_A), ("B", layer.lora_B)):
+            key = f"base_model.model.{path}.lora_{side}.weight"
+            tensors[key] = matrices[name].weight.detach()  # type: ignore[operator]
+            check_writable(key, tensors[key])
+    values = config.to_dict(in_out=any(layer.in_out for layer in layers.values()))
+    if values["base_model_name_or_path"] is None:
+        values["base_model_name_or_path"] = model.name_or_path or None
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+    def write(staging: Path) -> Sequence[Sequence[str]]:
+        (staging / CONFIG).write_text(text, encoding="utf-8")
+        sync(write_safetensors(staging / WEIGHTS, tensors, {"format": "pt"}))
+        return [[WEIGHTS], [CONFIG]]
+
+    replace_contents(directory, Contents(write, lambda old: old == _PICKLE))
+
+
+def read_config(source: Source) -> LoraConfig:
+    """The checked configuration of the adapter at ``source``; NotFoundError, PathError or ConfigError."""
+    path = source.require(CONFIG)
+    if path.stat().st_size > _MOST_CONFIG:
+        raise ConfigError(f"{CONFIG} of {source.describe()} is larger than {_MOST_CONFIG} bytes")
+    try:
+        return LoraConfig.from_dict(parse_json(path.read_bytes().decode("utf-8-sig")))
+    except ConfigError as error:
+        raise ConfigError(f"{CONFIG} of {source.describe()}: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{CONFIG} of {source.describe()} is not valid JSON: {error}") from error
+
+
+def load_adapter(model: CausalLM, source: Source, adapter_name: str = "default", is_trainable: bool = False) -> None:
+    """See `AdapterMethods.load_adapter`. Everything is checked before the model changes."""
+    config = read_config(source)
+    checkpoint = _open(source)
+    pairs = _pairs(checkpoint)
+    _check(model, config, source, pairs)
+    targets = [name for name, _ in outer_modules(model) if name in pairs]
+    files = Files(checkpoint)
+    attach(model, config, adapter_name, targets)
+    layers = lora_layers(model)
+    for name in targets:
+        for side, matrices in (("A", layers[name].lora_A), ("B", layers[name].lora_B)):
+            entry = pairs[name][side]
+            weight: Any = matrices[adapter_name].weight
+            weight.detach().copy_(files.flat(entry, 0, weight.numel()).view(entry.shape))
+    set_adapter(model, adapter_name, trainable=is_trainable)
+
+
+def _open(source: Source) -> Checkpoint:
+    path = source.find(WEIGHTS)
+    if path is not None:
+        return Checkpoint.from_headers(source.name, [read_header(path)])
+    if source.find(_PICKLE) is not None:
+        raise UnsafeFormatError(
+            f"{source.describe()} holds its adapter as {_PICKLE}, a pickle, which can run code when opened and is not "
+            "read; save it again as safetensors (PEFT's default)"
+        )
+    raise NotFoundError(f"{source.describe()} has a {CONFIG} but no {WEIGHTS}")
+
+
+def _pairs(checkpoint: Checkpoint) -> dict[str, dict[str, TensorEntry]]:
+    """{layer: {"A": tensor, "B": tensor}}."""
+    pairs: dict[str, dict[str, TensorEntry]] = {}
+    strange = []
+    for key, entry in checkpoint.entries.items():
+        found = _KEY.fullmatch(key)
+        if found is None or not entry.dtype.is_floating_point:
+            strange.append(key)
+        else:
+            pairs.setdefault(found[1], {})[found[2]] = entry
+    if strange:
+        raise UnexpectedWeightsError(
+            f"the adapter {checkpoint.name!r} holds {len(strange)} tensor(s) that are no LoRA matrices: "
+            f"{', '.join(map(repr, strange[:_SHOWN]))}; such an adapter loads with PEFT"
+        )
+    if not pairs:
+        raise MissingWeightsError(f"the adapter {checkpoint.name!r} holds no tensors")
+    return pairs
+
+
+def _check(model: CausalLM, config: LoraConfig, source: Source, pairs: dict[str, dict[str, TensorEntry]]) -> None:
+    """Raise unless each pair fits its layer."""
+    modules = dict(outer_modules(model))
+    for name, pair in pairs.items():
+        module = modules.get(name)
+        if module is None or not is_adaptable(module):
+            raise UnexpectedWeightsError(
+                f"the adapter of {source.describe()} is for a layer {name!r}, which {type(model).__name__} "
+                f"has not{nearest(name, [n for n, m in modules.items() if is_adaptable(m)])}; is it another model's?"
+            )
+        wide, high = features(module)
+        for side, shape in (("A", (config.r, wide)), ("B", (high, config.r))):
+            if side not in pair:
+                raise MissingWeightsError(f"the adapter of {source.describe()} has no lora_{side} for {name!r}")
+            if pair[side].shape != shape:
+                raise ShapeMismatchError(
+                    f"lora_{side} of {name!r} in {source.describe()} has shape {pair[side].shape}, "
+                    f"the model needs {shape} (rank {config.r})"
+                )
+    check_head(model, list(pairs))
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedSource(Source):
+    """The files of a base model, with the adapter that is to go on top of it."""
+
+    base: Source
+    adapter: Source
+
+    def find(self, filename: str) -> Path | None:
+        return self.base.find(filename)
+
+    def fetch(self, filenames: Sequence[str]) -> list[Path]:
+        return self.base.fetch(filenames)
+
+    def listing(self) -> list[str]:
+        return self.base.listing()
+
+    def describe(self) -> str:
+        return self.base.describe()
+
+    def require(self, filename: str) -> Path:
+        return self.base.require(filename)
+
+
+def with_base(source: Source, hub: dict[str, Any]) -> Source:
+    """An `AdaptedSource` if ``source`` is an adapter, else ``source``.
+
+    The base is what adapter_config.json names, at its ``revision``; a directory that holds config.json too is its own
+    base. hub: the caller's keywords for the Hub; of these ``revision`` and ``subfolder`` are the adapter's only.
+    Raises ConfigError if no base is named; RepoIdError if a Hub adapter names a place on this machine.
+    """
+    if isinstance(source, AdaptedSource):
+        return source
+    complete = source.find("config.json") is not None
+    if complete and source.commit is not None:
+        return source  # a Hub repository with a configuration is a model: no further request
+    if source.find(CONFIG) is None:
+        return source
+    if complete:
+        return AdaptedSource(source.name, source.commit, source, source)
+    config = read_config(source)
+    name = config.base_model_name_or_path
+    if not name:
+        raise ConfigError(
+            f"{CONFIG} of {source.describe()} names no base model (base_model_name_or_path); load the base, then call "
+            "model.load_adapter(path)"
+        )
+    if source.commit is not None:
+        try:
+            check_repo_id(name)
+        except RepoIdError as error:
+            raise RepoIdError(
+                f"the adapter of {source.describe()} names as its base {name!r}, which is no Hub repository; an "
+                "adapter from the Hub cannot choose a path here. Load the base, then call model.load_adapter(...)"
+            ) from error
+    options = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
+    base = resolve_source(name, **options, revision=config.revision)
+    if base.find("config.json") is None:
+        raise ConfigError(f"the base {name!r} that {CONFIG} of {source.describe()} names has no config.json")
+    return AdaptedSource(base.name, base.commit, base, source)
