@@ -273,9 +273,10 @@ def test_what_is_replaced() -> None:
     class Renamed(nn.Linear):
         pass
 
-    shared = nn.Linear(4, 4)
+    shared, turned = nn.Linear(4, 4), Conv1D(4, 4)
+    nn.init.normal_(turned.weight)  # made without values, which the architecture draws
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "own": Own(4, 4), "renamed": Renamed(4, 4), "one": shared,
-                           "two": shared, "turned": Conv1D(4, 4), "kept": nn.Linear(4, 4), "no": nn.Linear(4, 4),
+                           "two": shared, "turned": turned, "kept": nn.Linear(4, 4), "no": nn.Linear(4, 4),
                            "norm": nn.LayerNorm(4)})  # fmt: skip
     asked = []
 
