@@ -9,7 +9,7 @@ from typing import Any
 from .harness import RESULTS, ROOT
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-NAMES = ("imports", "loading", "forward")
+NAMES = ("imports", "loading", "forward", "quantization")
 COMPACT = ("attention_cpu", "ops_cpu", "training_step_cpu")  # one line a row and peer
 
 
@@ -35,8 +35,9 @@ def section() -> str:
         "`llama1b` is TinyLlama's shape with random weights in 5 shards, `smollm2` the real SmolLM2-135M-Instruct, "
         "`gpt2s` GPT-2's smallest shape. Fresh: the first load of a process, with the imports it needs; imported: the "
         "second. Private memory is anonymous memory, which mapped weights are not. The scripts: "
-        "`python -m benchmarks.imports`, `python -m benchmarks.loading`, `python -m benchmarks.forward`; raw figures "
-        "and charts in `benchmarks/results`."
+        "`python -m benchmarks.imports`, `python -m benchmarks.loading`, `python -m benchmarks.forward`, and for NF4 "
+        "and int8 (`llama1b`, with bitsandbytes) `python -m benchmarks.quantization`; raw figures and charts in "
+        "`benchmarks/results`."
     )
     return "\n".join([*lines, "", explanation, *_compact_section()])
 

@@ -89,8 +89,8 @@ def watch(root: Path, at_step: Callable[[], None]) -> None:
             at_step()
             yield piece
 
-    plain = writer._pieces
-    writer._pieces = pieces
+    plain = writer.pieces_of
+    writer.pieces_of = pieces
     os.fsync, os.fdatasync = stepped(os.fsync), stepped(os.fdatasync)
     atomic._exchange = stepped(atomic._exchange)
     sys.addaudithook(hook)
@@ -141,6 +141,8 @@ def main(base: Path, scenario: str, how: str) -> None:
         root.mkdir(parents=True)
         prepare(target, scenario)
         outcomes.append(attempt(target, scenario, how, len(outcomes) + 1))
+        if outcomes[-1]["ended"].startswith("broke"):
+            sys.exit(f"the save itself failed: {outcomes[-1]}")
         new_save(target, scenario)
         outcomes[-1]["again"] = read(target)
         outcomes[-1]["left again"] = [name for name in os.listdir(root) if name != "model"]
