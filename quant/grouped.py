@@ -7,23 +7,20 @@ exactly and it is rounded once, to the dtype that is asked for.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..errors import QuantizationError
-from .packed import PackedLinear
+from .decoded import DecodedLinear
 from .quantizer import Quantizer
 
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
-_CHUNK = 1 << 20  # numbers decoded at a time
-_COLUMNS = 32  # a multiple of the output columns that share words, at any number of bits
 
 
-class GroupedLinear(PackedLinear):
+class GroupedLinear(DecodedLinear):
     """A linear layer of such a file: (..., in_features) → (..., out_features), in the dtype of the input.
 
     ``qweight``, ``qzeros`` (int32) and ``scales`` (groups, out_features) are buffers under the file's own names, never
@@ -36,6 +33,7 @@ class GroupedLinear(PackedLinear):
     scales: Tensor
 
     own_dtype = ("scales",)  # a cast would change what is decoded
+    columns_together = 32  # a multiple of the output columns that share words, at any number of bits
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, group_size: int, device: Any, dtype: Any
@@ -45,34 +43,10 @@ class GroupedLinear(PackedLinear):
         self.group_size = in_features if group_size == -1 else group_size
         self.groups = -(-in_features // self.group_size)
 
-    def decode(self, start: int, stop: int) -> Tensor:
-        """Columns of the weight, (in_features, stop - start) fp32; ``start`` is a multiple of 32."""
-        raise QuantizationError(f"{type(self).__name__} does not decode")
-
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The codes, where others look for a layer's device."""
         return self.qweight
-
-    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-        """(start, stop, columns of the weight in ``dtype``), one after the other."""
-        step = max(1, _CHUNK // self.in_features // _COLUMNS) * _COLUMNS
-        for start in range(0, self.out_features, step):
-            stop = min(start + step, self.out_features)
-            yield start, stop, self.decode(start, stop).to(dtype)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) → (..., out_features); gradients reach the input and the bias."""
-        out: Tensor = _Product.apply(input, self)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
-
-    def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(out_features, in_features), in ``dtype`` or that of the layer's siblings."""
-        dtype = dtype or self.source_dtype
-        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.qweight.device)
-        for start, stop, columns in self.chunks(dtype):
-            weight[start:stop] = columns.t()
-        return weight
 
     def check_parts(self, parts: Mapping[str, Tensor]) -> None:
         """Raise QuantizationError for scales of a dtype that no writer of these files uses."""
@@ -82,31 +56,6 @@ class GroupedLinear(PackedLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}"
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, layer: GroupedLinear) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        out = rows.new_empty(rows.shape[0], layer.out_features)
-        for start, stop, columns in layer.chunks(x.dtype):
-            out[:, start:stop] = rows @ columns
-        return out.view(*x.shape[:-1], layer.out_features)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.layer = inputs[1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rows = grad.reshape(-1, grad.shape[-1])
-        # Summed over chunks: in fp32, so that their number does not show.
-        out = torch.zeros(rows.shape[0], ctx.layer.in_features, dtype=torch.promote_types(grad.dtype, torch.float32),
-                          device=grad.device)  # fmt: skip
-        for start, stop, columns in ctx.layer.chunks(grad.dtype):
-            out += rows[:, start:stop] @ columns.t()
-        return out.to(grad.dtype).view(*grad.shape[:-1], ctx.layer.in_features), None
 
 
 def scaled(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from .codebooks import codebook, dynamic_map
 from .config import QUANT_TYPES
 from .eight_bit import dequantize_rows, linear_int8, quantize_rows
 from .four_bit import dequantize_4bit, packed_bytes, quantize_4bit
-from .packed import PackedLinear, Recipe, holds_in_out
+from .packed import PackedLinear, Recipe
 from .quant_state import NestedState, QuantState
 from .wrappers import mark_codes
 
@@ -84,11 +84,6 @@ class Linear4bit(PackedLinear):
         text = self.weight_state.to_tensors()[_JSON + quant_type]
         self.register_buffer("quant_state", text.to("meta") if packed.is_meta else text)
 
-    @classmethod
-    def from_linear(cls, linear: nn.Module, **options: Any) -> Linear4bit:
-        """Quantize a linear layer (nn.Linear, or one stored in-out); options as for the class, bias and sizes apart."""
-        return _from_linear(cls, linear, options)
-
     @property
     def checkpoint_names(self) -> Mapping[str, str]:  # type: ignore[override]
         """bitsandbytes' names of the buffers."""
@@ -124,7 +119,7 @@ class Linear4bit(PackedLinear):
         """A floating-point ``weight`` becomes all tensors but the bias."""
         if attribute != "weight":
             return None
-        shape, in_out = _source_shape(self), self.transposed
+        shape, in_out = self.source_shape, self.transposed
         options: dict[str, Any] = {"quant_type": self.quant_type, "blocksize": self.blocksize}
         options |= {"double_quant": self.compress_statistics, "storage": self.quant_storage}
         attributes = {name: attribute for attribute, name in self.checkpoint_names.items()}
@@ -216,11 +211,6 @@ class Linear8bitLt(PackedLinear):
         where = "meta" if rows.is_meta else "cpu"
         self.register_buffer("weight_format", torch.zeros((), dtype=torch.uint8, device=where))
 
-    @classmethod
-    def from_linear(cls, linear: nn.Module, **options: Any) -> Linear8bitLt:
-        """Quantize a linear layer (nn.Linear, or one stored in-out); options as for the class, bias and sizes apart."""
-        return _from_linear(cls, linear, options)
-
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features); gradients reach the input and the bias."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
@@ -240,7 +230,7 @@ class Linear8bitLt(PackedLinear):
             rows, scb = quantize_rows(weight.t().contiguous() if in_out else weight)
             return {"weight": rows, "SCB": scb, "weight_format": torch.zeros((), dtype=torch.uint8, device="cpu")}
 
-        return Recipe(_source_shape(self), self.source_dtype, ("weight", "SCB", "weight_format"), run)
+        return Recipe(self.source_shape, self.source_dtype, ("weight", "SCB", "weight_format"), run)
 
     def check_parts(self, parts: Mapping[str, Tensor]) -> None:
         """Raise QuantizationError for a layout other than row-major, or scales that are no numbers."""
@@ -266,22 +256,3 @@ _NAMES_4BIT = {
     quant_type: {**{part: f"weight.{part}" for part in _PARTS_4BIT}, "quant_state": f"weight.{_JSON}{quant_type}"}
     for quant_type in QUANT_TYPES
 }
-
-
-def _source_shape(layer: PackedLinear) -> tuple[int, int]:
-    """The shape of the layer's weight in a floating-point checkpoint."""
-    shape = (layer.out_features, layer.in_features)
-    return shape[::-1] if layer.transposed else shape
-
-
-def _from_linear(cls: Any, linear: nn.Module, options: dict[str, Any]) -> Any:
-    weight: Any = linear.weight
-    out_features, in_features = weight.shape[::-1] if holds_in_out(linear) else weight.shape
-    has_bias = linear.bias is not None
-    layer = cls(in_features, out_features, has_bias, device="meta", dtype=weight.dtype, **options)
-    layer.stand_in_for(linear)
-    if has_bias:
-        layer._parameters["bias"] = linear.bias
-    if not weight.is_meta:
-        layer.fill(layer.load_recipe("weight").run(weight.detach()))
-    return layer

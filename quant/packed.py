@@ -92,6 +92,31 @@ class PackedLinear(nn.Linear):
 
     # What every packed layer does
 
+    @classmethod
+    def from_linear(cls, linear: nn.Module, **options: Any) -> Any:
+        """Quantize a linear layer (nn.Linear, or one stored in-out); from one on meta, a layer to be loaded.
+
+        options: as for the class, bias and sizes apart. Raises QuantizationError for a class that only reads codes.
+        """
+        weight: Any = linear.weight
+        out_features, in_features = weight.shape[::-1] if holds_in_out(linear) else weight.shape
+        has_bias = linear.bias is not None
+        layer: Any = cls(in_features, out_features, has_bias, device="meta", dtype=weight.dtype, **options)
+        layer.stand_in_for(linear)
+        if has_bias:
+            layer._parameters["bias"] = linear.bias
+        if not weight.is_meta:
+            if (recipe := layer.load_recipe("weight")) is None:
+                raise QuantizationError(f"{cls.__name__} cannot be made from a floating-point layer, only read")
+            layer.fill(recipe.run(weight.detach()))
+        return layer
+
+    @property
+    def source_shape(self) -> tuple[int, int]:
+        """The shape of the layer's weight in a floating-point checkpoint."""
+        shape = (self.out_features, self.in_features)
+        return shape[::-1] if self.transposed else shape
+
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A plain layer (nn.Linear, or of the class this one took the place of) with the decoded weight."""
         weight = self.dequantized_weight(dtype).detach()

@@ -12,22 +12,20 @@ about a million numbers at a time to the input's dtype and multiply: torch's pro
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..errors import QuantizationError, nearest
+from .decoded import CHUNK, DecodedLinear
 from .int4_layout import Layout, join, layout_for, split
 from .packed import PackedLinear, Recipe, holds_in_out
 from .quantizer import Quantizer
 
 GROUP_SIZES = (32, 64, 128, 256)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_CHUNK = 1 << 20  # numbers worked on at a time
-_LEAST_ROWS = 64  # decoded at a time: whole tiles of any layout
 # The most rows of input for torch's products; with more, decoding once and multiplying is faster. Measured on one core
 # with AVX-512, 2048 x 2048, bfloat16: torch takes 0.1 ms a row, decoding 7 ms (int8) or 30 (int4), then little a row.
 _MOST_INT8, _MOST_INT4 = 64, 256
@@ -86,66 +84,25 @@ class WeightOnlyConfig:
         return f"{type(self).__name__}({fields})"
 
 
-class WeightOnlyLinear(PackedLinear):
-    """What both layers share: (..., in_features) → (..., out_features), in the dtype of the input."""
+class WeightOnlyLinear(DecodedLinear):
+    """What both layers share."""
 
-    def decode(self, start: int, stop: int) -> Tensor:
-        """Rows of the weight, (stop - start, in_features) fp32; ``start`` is a multiple of 64."""
-        raise QuantizationError(f"{type(self).__name__} does not decode")
-
-    def product(self, rows: Tensor) -> Tensor | None:
-        """(n, in_features) → (n, out_features) by torch's own product, or None where it is not the way."""
-        return None
+    columns_together = 64  # whole tiles of any layout
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """{attribute: tensor} of a floating-point weight (out_features, in_features)."""
         raise QuantizationError(f"{type(self).__name__} does not encode")
-
-    @classmethod
-    def from_linear(cls, linear: nn.Module, **options: Any) -> Any:
-        """Quantize a linear layer (nn.Linear, or one stored in-out); from one on meta, a layer to be loaded."""
-        weight: Any = linear.weight
-        out_features, in_features = weight.shape[::-1] if holds_in_out(linear) else weight.shape
-        has_bias = linear.bias is not None
-        layer: Any = cls(in_features, out_features, has_bias, device="meta", dtype=weight.dtype, **options)
-        layer.stand_in_for(linear)
-        if has_bias:
-            layer._parameters["bias"] = linear.bias
-        if not weight.is_meta:
-            layer.fill(layer.load_recipe("weight").run(weight.detach()))
-        return layer
-
-    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-        """(start, stop, rows of the weight in ``dtype``), one after the other."""
-        step = max(1, _CHUNK // self.in_features // _LEAST_ROWS) * _LEAST_ROWS
-        for start in range(0, self.out_features, step):
-            stop = min(start + step, self.out_features)
-            yield start, stop, self.decode(start, stop).to(dtype)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) → (..., out_features); gradients reach the input and the bias."""
-        out: Tensor = _Product.apply(input, self)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
-
-    def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(out_features, in_features), in ``dtype`` or that of the tensor which was quantized."""
-        dtype = dtype or self.source_dtype
-        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device)
-        for start, stop, rows in self.chunks(dtype):
-            weight[start:stop] = rows
-        return weight
 
     def load_recipe(self, attribute: str) -> Recipe | None:
         """A floating-point ``weight`` becomes all tensors but the bias."""
         if attribute != "weight":
             return None
         in_out = self.transposed
-        shape = (self.in_features, self.out_features) if in_out else (self.out_features, self.in_features)
 
         def run(weight: Tensor) -> dict[str, Tensor]:
             return self.encode(weight.t().contiguous() if in_out else weight)
 
-        return Recipe(shape, self.source_dtype, tuple(self.packed_attributes()), run)
+        return Recipe(self.source_shape, self.source_dtype, tuple(self.packed_attributes()), run)
 
 
 class Int8WeightOnlyLinear(WeightOnlyLinear):
@@ -162,8 +119,8 @@ class Int8WeightOnlyLinear(WeightOnlyLinear):
         self.register_buffer("scale", torch.zeros(out_features, dtype=torch.float32, device=device))
 
     def decode(self, start: int, stop: int) -> Tensor:
-        """Rows of the weight, (stop - start, in_features) fp32."""
-        return self.weight[start:stop] * self.scale[start:stop].unsqueeze(1)
+        """Columns of the weight, (in_features, stop - start) fp32."""
+        return (self.weight[start:stop] * self.scale[start:stop].unsqueeze(1)).t()
 
     def product(self, rows: Tensor) -> Tensor | None:
         """torch's, for up to 64 rows of bfloat16 on the CPU."""
@@ -211,11 +168,12 @@ class Int4WeightOnlyLinear(WeightOnlyLinear):
         return layout_for(self.weight.device, self.out_features, self.in_features) if self.tiled else None
 
     def decode(self, start: int, stop: int) -> Tensor:
-        """Rows of the weight, (stop - start, in_features) fp32; ``start`` is a multiple of 64."""
+        """Columns of the weight, (in_features, stop - start) fp32; ``start`` is a multiple of 64."""
         part, layout = self.weight[start:stop], self.layout
         codes = split(part) if layout is None else layout.codes(part)
         scale, zero = self.scale_and_zero[:, start:stop].float().permute(2, 1, 0).unsqueeze(3)
-        return torch.addcmul(zero, codes.float().sub_(8).view(stop - start, -1, self.group_size), scale).flatten(1)
+        rows = codes.float().sub_(8).view(stop - start, -1, self.group_size)
+        return torch.addcmul(zero, rows, scale).flatten(1).t()
 
     def product(self, rows: Tensor) -> Tensor | None:
         """torch's, for up to 256 rows of bfloat16 where the codes are in its order."""
@@ -253,8 +211,7 @@ class Int4WeightOnlyLinear(WeightOnlyLinear):
         layout, held = self.layout, self.weight.detach()
         if layout is None:
             return held
-        step = max(1, _CHUNK // self.in_features // _LEAST_ROWS) * _LEAST_ROWS
-        return torch.cat([join(layout.codes(part)) for part in held.split(step)])
+        return torch.cat([join(layout.codes(part)) for part in held.split(self.columns_at_once)])
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors that hold the weight, in the plain order."""
@@ -291,33 +248,6 @@ class Int4WeightOnlyLinear(WeightOnlyLinear):
         return f"{super().extra_repr()}, group_size={self.group_size}"
 
 
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, layer: WeightOnlyLinear) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        out = layer.product(rows) if rows.shape[0] else None
-        if out is None:
-            out = rows.new_empty(rows.shape[0], layer.out_features)
-            for start, stop, weight in layer.chunks(x.dtype):
-                out[:, start:stop] = rows @ weight.t()
-        return out.view(*x.shape[:-1], layer.out_features)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.layer = inputs[1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rows = grad.reshape(-1, grad.shape[-1])
-        # Summed over chunks: in fp32, so that their number does not show.
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        out = torch.zeros(rows.shape[0], ctx.layer.in_features, dtype=wide, device=grad.device)
-        for start, stop, weight in ctx.layer.chunks(grad.dtype):
-            out += rows[:, start:stop] @ weight
-        return out.to(grad.dtype).view(*grad.shape[:-1], ctx.layer.in_features), None
-
-
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(codes (out, in) int8, scale (out,) fp32): the largest magnitude of each row is 127; off by half a scale at most.
 
@@ -326,7 +256,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     _check(weight)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    step = max(1, _CHUNK // weight.shape[1])
+    step = max(1, CHUNK // weight.shape[1])
     for part, target, size in zip(weight.split(step), codes.split(step), scale.split(step), strict=True):
         rows = part.float()
         torch.div(rows.abs().amax(1), 127.0, out=size)
@@ -346,7 +276,7 @@ def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     out, inputs = weight.shape
     codes = torch.empty(out, inputs // 2, dtype=torch.uint8, device=weight.device)
     pairs = torch.empty(inputs // group_size, out, 2, dtype=weight.dtype, device=weight.device)
-    step = max(1, _CHUNK // inputs)
+    step = max(1, CHUNK // inputs)
     for start in range(0, out, step):
         groups = weight[start : start + step].float().unflatten(1, (-1, group_size))
         low, high = groups.aminmax(dim=2)

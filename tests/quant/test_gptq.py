@@ -124,7 +124,7 @@ def test_save_writes_the_same_tensors_and_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layer_forward_and_backward(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loadstone.quant.grouped._CHUNK", 64 * 32)  # three chunks
+    monkeypatch.setattr("loadstone.quant.decoded.CHUNK", 64 * 32)  # three chunks
     tensors, weight = packed_files.gptq((96, 64), bits=4, group_size=16, desc_act=True, form="gptq", seed=3)
     layer = GPTQLinear(64, 96, True, group_size=16, dtype=dtype)
     bias = torch.randn(96).to(dtype)
