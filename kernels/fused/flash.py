@@ -11,9 +11,8 @@ from torch.autograd.function import once_differentiable
 from ..library import define
 from ..visibility import Visibility
 from . import flash_backward, flash_decode, flash_forward
-from .rows import lined_up
+from .rows import by_position, lined_up, refused_dtype
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_DIM = 256
 _MOST_BLOCKS = 65535  # of the second and third axes of a grid
 
@@ -29,8 +28,8 @@ def supports_flash_attention(
     dropout: float,
 ) -> str | None:
     """Why Triton's flash attention cannot take these, None if it can."""
-    if query.dtype not in _DTYPES:
-        return f"it takes bfloat16, float16 and float32, not {str(query.dtype).removeprefix('torch.')}"
+    if (reason := refused_dtype(query)) is not None:
+        return reason
     if not 1 <= query.shape[3] <= _MOST_DIM:
         return f"it takes a head_dim of 1 to {_MOST_DIM}, not {query.shape[3]}"
     if max(query.shape[:2]) > _MOST_BLOCKS:
@@ -68,14 +67,8 @@ def _flash_attention(
     )  # fmt: skip
 
 
-def _by_position(tensor: Tensor) -> Tensor:
-    """As a tensor of (batch, heads, seq, head_dim), laid out (batch, seq, heads, head_dim) in memory."""
-    batch, heads, length, head_dim = tensor.shape
-    return tensor.new_empty((batch, length, heads, head_dim)).transpose(1, 2)
-
-
 def _fake_flash_attention(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _by_position(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return by_position(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 def _flash_attention_backward(
@@ -91,7 +84,7 @@ def _flash_attention_backward(
 
 
 def _fake_backward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _by_position(query), _by_position(key), _by_position(value)
+    return by_position(query), by_position(key), by_position(value)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 from ..tuning import blocks
 from ..visibility import Visibility, by_key
 from .flash_forward import padded_dim, precision, shape_class, stride_over
-from .flash_parts import LOG2E, capped, kept_by_dropout, seeing_queries, visible_keys
+from .flash_parts import LOG2E, capped, kept_by_dropout, key_runs, seeing_queries, visible_keys
 from .launch import launch
+from .rows import by_position
 
 
 @triton.jit
@@ -89,20 +90,14 @@ def _backward_queries(
     line = (batch * heads + head) * queries
     if KEEP:
         Keep += batch * stride_keep
+        Holes += batch * stride_holes
     if BOUNDED:
         Lower += batch * stride_bounds
         Upper += batch * stride_bounds
     lower, upper = visible_keys(
         Lower, Upper, tl.minimum(rows, queries - 1), query_start, window, keys, CAUSAL, WINDOWED, BOUNDED
     )
-    begin = tl.maximum(tl.min(lower, 0), 0) // BLOCK_N * BLOCK_N
-    end = tl.max(upper, 0)
-    full_begin = (tl.max(lower, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    full_end = tl.min(upper, 0) // BLOCK_N * BLOCK_N
-    full_begin = tl.maximum(tl.minimum(full_begin, end), begin)
-    if KEEP:
-        full_end = tl.where(tl.load(Holes + batch * stride_holes) != 0, full_begin, full_end)
-    full_end = tl.maximum(full_end, full_begin)
+    begin, full_begin, full_end, end = key_runs(lower, upper, Holes, KEEP, BLOCK_N)
 
     query = tl.load(Q + far * stride_qm + dims[None, :], mask=fits, other=0.0)
     grad = tl.load(Grad + far * stride_gm + dims[None, :], mask=fits, other=0.0)
@@ -234,9 +229,9 @@ def backward(
     """
     batch, heads, queries, head_dim = query.shape
     kv_heads, keys = key.shape[1:3]
-    grad_query = query.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
-    grad_key = key.new_empty((batch, keys, kv_heads, head_dim)).transpose(1, 2)
-    grad_value = value.new_empty((batch, keys, kv_heads, head_dim)).transpose(1, 2)
+    grad_query = by_position(query)
+    grad_key = by_position(key)
+    grad_value = by_position(value)
     delta = lse.new_empty(lse.shape)
     shape = shape_class(head_dim, query.dtype)
     sizes = blocks("flash_backward_queries", shape, query.device)

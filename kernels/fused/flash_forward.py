@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..tuning import blocks
 from ..visibility import Visibility
-from .flash_parts import LN2, capped, kept_by_dropout, visible_keys
+from .flash_parts import LN2, capped, kept_by_dropout, key_runs, visible_keys
 from .launch import launch
+from .rows import by_position
 
 
 @triton.jit
@@ -91,20 +92,14 @@ def _forward(
     V += batch * stride_vb + (head // GROUP) * stride_vh
     if KEEP:
         Keep += batch * stride_keep
+        Holes += batch * stride_holes
     if BOUNDED:
         Lower += batch * stride_bounds
         Upper += batch * stride_bounds
     lower, upper = visible_keys(
         Lower, Upper, tl.minimum(rows, queries - 1), query_start, window, keys, CAUSAL, WINDOWED, BOUNDED
     )
-    begin = tl.maximum(tl.min(lower, 0), 0) // BLOCK_N * BLOCK_N
-    end = tl.max(upper, 0)
-    full_begin = (tl.max(lower, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    full_end = tl.min(upper, 0) // BLOCK_N * BLOCK_N
-    full_begin = tl.maximum(tl.minimum(full_begin, end), begin)
-    if KEEP:
-        full_end = tl.where(tl.load(Holes + batch * stride_holes) != 0, full_begin, full_end)
-    full_end = tl.maximum(full_end, full_begin)
+    begin, full_begin, full_end, end = key_runs(lower, upper, Holes, KEEP, BLOCK_N)
 
     query = tl.load(Q + rows.to(tl.int64)[:, None] * stride_qm + dims[None, :], mask=fits, other=0.0)
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -172,7 +167,7 @@ def forward(
     the log-sum-exp (batch, heads, query_length) in fp32: -inf for a query that sees nothing, whose output is 0.
     """
     batch, heads, queries, head_dim = query.shape
-    output = query.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
+    output = by_position(query)
     lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
     sizes = blocks("flash_forward", shape_class(head_dim, query.dtype), query.device)
     launch(

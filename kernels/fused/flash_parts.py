@@ -32,6 +32,23 @@ def visible_keys(
 
 
 @triton.jit
+def key_runs(lower, upper, Hidden, KEEP: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where a block of queries begins to look, where it and all of its queries see every key, and where it ends.
+
+    (begin, full_begin, full_end, end), whole blocks of BLOCK_N keys but for the end. Hidden: with KEEP, whether keys
+    between others are hidden, so that no block is seen whole.
+    """
+    begin = tl.maximum(tl.min(lower, 0), 0) // BLOCK_N * BLOCK_N
+    end = tl.max(upper, 0)
+    full_begin = (tl.max(lower, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    full_end = tl.min(upper, 0) // BLOCK_N * BLOCK_N
+    full_begin = tl.maximum(tl.minimum(full_begin, end), begin)
+    if KEEP:
+        full_end = tl.where(tl.load(Hidden) != 0, full_begin, full_end)
+    return begin, full_begin, tl.maximum(full_end, full_begin), end
+
+
+@triton.jit
 def seeing_queries(
     First, End, columns, query_start, window, queries,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BOUNDED: tl.constexpr,

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from ..library import define
 from ..tuning import blocks
 from .launch import launch
-from .rows import lined_up, refused_dtype
+from .rows import by_position, lined_up, refused_dtype
 
 _MOST_LINES = (1 << 31) - (1 << 16)  # (token, head) pairs are counted in 32 bits
 
@@ -96,7 +96,7 @@ def _rotated(
 ) -> tuple[Tensor, Tensor]:
     batch, heads, length, head_dim = query.shape
     kv_heads, half = key.shape[1], head_dim // 2
-    rotated_query, rotated_key = _by_position(query, dtypes[0]), _by_position(key, dtypes[1])
+    rotated_query, rotated_key = by_position(query, dtypes[0]), by_position(key, dtypes[1])
     if half == 0:
         return rotated_query, rotated_key
     query, key, cos, sin = (lined_up(tensor) for tensor in (query, key, cos, sin))
@@ -114,12 +114,6 @@ def _rotated(
     return rotated_query, rotated_key
 
 
-def _by_position(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """An empty tensor of (batch, heads, seq, head_dim), laid out (batch, seq, heads, head_dim) in memory."""
-    batch, heads, length, head_dim = tensor.shape
-    return tensor.new_empty((batch, length, heads, head_dim), dtype=dtype).transpose(1, 2)
-
-
 def _table_strides(table: Tensor) -> tuple[int, int]:
     return 0 if table.shape[0] == 1 else table.stride(0), table.stride(2)
 
@@ -135,7 +129,7 @@ def _triton_apply_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -
 
 def _fake_apply_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     query_dtype, key_dtype = _promoted(query, key, cos, sin)
-    return _by_position(query, query_dtype), _by_position(key, key_dtype)
+    return by_position(query, query_dtype), by_position(key, key_dtype)
 
 
 def _triton_backward(
@@ -147,7 +141,7 @@ def _triton_backward(
 def _fake_backward(
     grad_query: Tensor, grad_key: Tensor, cos: Tensor, sin: Tensor, query_dtype: torch.dtype, key_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return _by_position(grad_query, query_dtype), _by_position(grad_key, key_dtype)
+    return by_position(grad_query, query_dtype), by_position(grad_key, key_dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -28,6 +28,12 @@ def as_rows(tensor: Tensor) -> Tensor:
     return lined_up(tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1]))
 
 
+def by_position(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor of (batch, heads, seq, head_dim), laid out (batch, seq, heads, head_dim) in memory."""
+    batch, heads, length, head_dim = tensor.shape
+    return tensor.new_empty((batch, length, heads, head_dim), dtype=dtype).transpose(1, 2)
+
+
 def processors(device: torch.device) -> int:
     """How many programs run at once on a GPU, at least: its multiprocessors. A small number elsewhere."""
     return _processors(device.type, device.index)
