@@ -21,7 +21,7 @@ from ..kernels import Kernels, check_attention
 from ..loading.checkpoint import Checkpoint, open_checkpoint
 from ..loading.load import load_into
 from ..loading.source import HUB_ARGUMENTS, Source, resolve_source
-from .adapters.files import AdaptedSource, with_base
+from .adapters.source import AdaptedSource, with_base
 from .configuration import PreTrainedConfig
 from .fields import parse_dtype
 from .meta import MetaBuild

@@ -139,7 +139,7 @@ class AutoModelForCausalLM:
             do not fit; ArgumentError (a TypeError) for an unknown keyword. All before a byte of weights is read, but
             for numbers that have no code (infinities, NaN); no half-built model is left.
         """
-        from ..models.adapters.files import with_base
+        from ..models.adapters.source import with_base
 
         hub: dict[str, Any] = {
             "cache_dir": cache_dir,
