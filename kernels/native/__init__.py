@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger("loadstone.kernels")
 
 MOST_ROWS = 16
 _ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -35,6 +38,15 @@ def why_not() -> str | None:
     return _find()[1]
 
 
+@lru_cache(maxsize=1)
+def _ready() -> bool:
+    """Whether it can run; if not, a warning says so once, where it would have run."""
+    reason = why_not()
+    if reason is not None:
+        logger.warning("4-bit weights are decoded whole for every token on this CPU, which is slow: %s", reason)
+    return reason is None
+
+
 def takes(x: Tensor, blocksize: int, width: int) -> bool:
     """Whether `linear_4bit` computes this: up to 16 rows on the CPU, of whole blocks."""
     rows = x.numel() // max(1, x.shape[-1])
@@ -44,7 +56,7 @@ def takes(x: Tensor, blocksize: int, width: int) -> bool:
         and 0 < rows <= MOST_ROWS
         and blocksize % _WIDTH == 0
         and width % blocksize == 0
-        and (_find()[0] is not None)
+        and _ready()
     )
 
 
