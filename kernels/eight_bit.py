@@ -16,7 +16,7 @@ Multiply = Callable[[Tensor, Tensor, Tensor, Tensor, "Tensor | None", torch.dtyp
 """(int8 rows (m, k), int8 weight (n, k), their scales (m,) and (n,) fp32, bias or None, dtype): the scaled product."""
 
 PER_127 = 7.874015718698502e-3  # 1 / 127 in fp32
-PER_127_SQUARED = 6.200124e-05  # 1 / 127^2, to the digits that bitsandbytes gives it
+PER_127_SQUARED = 6.200124e-05  # bitsandbytes' on a CPU, which lacks a zero: 1 / 127^2 is 6.2000124e-05
 _CHUNK = {"cpu": 1 << 18, "gpu": 1 << 26}  # numbers decoded at a time, in fp32
 _EXACT_COLUMNS = 1024  # 127 * 127 * 1024 < 2^24: a sum of so many products is exact in fp32
 
@@ -35,7 +35,8 @@ def linear_int8(
     x: (..., in_features), fp32, fp16 or bf16, cast under autocast as in a linear layer; rounded to fp16, and each row
     made int8 by its largest magnitude. weight: (out_features, in_features) int8, scb: (out_features,) fp32; number =
     weight * scb / 127. threshold: columns of x with a magnitude at or above it are left out of that, and multiplied in
-    the dtype of x; 0 for none. Result in the dtype of x, bit for bit that of bitsandbytes on a CPU.
+    the dtype of x; 0 for none. Result in the dtype of x, bit for bit that of bitsandbytes on a CPU in evaluation mode,
+    with its int8 products, which are too large by 1.8e-5 of themselves.
     The gradient of x is that of the decoded weight, as if nothing had been rounded. A number that fp16 cannot hold is
     an outlier like any other; with threshold 0 it makes its row NaN. Raises KernelError if shapes do not fit.
     """

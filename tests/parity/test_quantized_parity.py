@@ -117,6 +117,78 @@ def test_int8_layers_are_equal(dtype: torch.dtype, threshold: float) -> None:
     assert peers.relative(gradients[0], gradients[1]) <= {torch.float32: 1e-6}.get(dtype, 1e-2)
 
 
+def int8_pair(dtype: torch.dtype, threshold: float = 6.0) -> tuple[Any, Any]:
+    """(our layer, the peer's), (..., 96) to (..., 40), of the same weight and bias, in evaluation mode."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(96, 40).to(dtype)
+    peer = bitsandbytes.nn.Linear8bitLt(96, 40, has_fp16_weights=False, threshold=threshold)
+    peer.load_state_dict(linear.state_dict())
+    return Linear8bitLt.from_linear(linear, threshold=threshold).eval(), peer.to("cpu").eval()
+
+
+# Written into inputs of magnitudes up to 3: (rows, columns, value) each. The threshold is 6.
+OUTLIERS: dict[str, list[tuple[Any, Any, float]]] = {
+    "at the threshold": [(2, 5, 6.0), (3, 6, -6.0)],
+    "one step of fp16 below": [(2, 5, 5.99609375), (3, 6, -5.99609375)],
+    "rounded to the threshold by fp16": [(2, 5, 5.999)],
+    "a column": [(slice(None), 7, 50.0)],
+    "a row, so all columns": [(1, slice(None), -40.0)],
+    "several of a row": [(4, slice(0, 96, 9), 11.3)],
+    "beyond fp16": [(0, 3, 1e5), (5, 4, -3e6)],
+    "a row of zeros beside them": [(2, slice(None), 0.0), (3, 8, 9.0)],
+    "nothing but outliers": [(slice(None), slice(None), 0.0), (slice(None), 9, 100.0)],
+}
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("case", OUTLIERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_int8_outliers(dtype: torch.dtype, case: str, rows: int) -> None:
+    """Bit for bit, where magnitudes meet the threshold, just miss it, or are beyond fp16."""
+    x = torch.randn(7, 96, generator=torch.Generator().manual_seed(1)).clamp(-3, 3)
+    for row, column, value in OUTLIERS[case]:
+        x[row, column] = value
+    x = x[-rows:] if rows == 7 else x[OUTLIERS[case][-1][0]].reshape(-1, 96)[:1]  # or a row that has the last of them
+    x = x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
+    mine, peer = int8_pair(dtype)
+    with torch.no_grad():
+        assert torch.equal(mine(x.view(1, -1, 96)), peer(x.view(1, -1, 96)))
+        assert torch.equal(mine(x), peer(x))
+    if not case.startswith("one step"):
+        assert peer.state.idx.numel() > 0
+    elif dtype != torch.bfloat16:  # which rounds it to 6
+        assert peer.state.idx.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_int8_products_are_too_large_by_what_the_peers_are(dtype: torch.dtype) -> None:
+    """Codes and scales of these are exact, so the product of float64 is 1. The peer's factor on a CPU, 6.200124e-05 for
+    1 / 127^2 = 6.2000124e-05, lacks a zero (on CUDA it does not); ours is the same. 16 bits round it away."""
+    linear = torch.nn.Linear(16, 16, bias=False)
+    linear.weight.data = torch.eye(16)
+    peer = bitsandbytes.nn.Linear8bitLt(16, 16, bias=False, has_fp16_weights=False, threshold=6.0)
+    peer.load_state_dict(linear.state_dict())
+    with torch.no_grad():
+        for layer in (Linear8bitLt.from_linear(linear).eval(), peer.to("cpu").eval()):
+            off = layer(torch.ones(3, 16, dtype=dtype)).double() - 1
+            assert torch.equal(off, off[:1, :1].expand(3, 16))
+            assert abs(float(off[0, 0]) - (1.8e-5 if dtype == torch.float32 else 0.0)) <= 1e-7
+
+
+def test_the_mode_does_not_change_an_int8_layer() -> None:
+    """In training mode the peer multiplies unrounded inputs by the decoded weight, on a CPU alone; ours does not."""
+    mine, peer = int8_pair(torch.float32)
+    x = 2 * torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        evaluated = mine(x), peer(x)
+        trained = mine.train()(x), peer.train()(x)
+        decoded = torch.nn.functional.linear(x, mine.dequantized_weight(torch.float32), mine.bias)
+    assert torch.equal(evaluated[0], evaluated[1])
+    assert torch.equal(trained[0], evaluated[0])
+    assert peers.relative(trained[1], decoded) <= 1e-6
+    assert 1e-4 <= peers.relative(trained[0], trained[1]) <= 2e-2
+
+
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("compute", [None, torch.float32, torch.bfloat16], ids=str)

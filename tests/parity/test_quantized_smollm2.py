@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import smollm2
 import torch
 from parity import peers
+from torch import Tensor
 
-from loadstone import AutoModelForCausalLM, BitsAndBytesConfig
+from loadstone import AutoModelForCausalLM, BitsAndBytesConfig, Linear8bitLt, register_kernel
+from loadstone.kernels import apply_rotary, dispatch
 
 transformers = peers.transformers
-pytest.importorskip("bitsandbytes", reason="bitsandbytes, the peer, is not installed (extra: test)")
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes, the peer, is not installed (extra: test)")
 _REASON = smollm2.why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(_REASON is not None, reason=_REASON or "")]
 LICENSE = Path(__file__).resolve().parents[2] / "LICENSE"
@@ -22,36 +25,111 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }
-# NF4 decodes to the same numbers. int8 rounds activations too: where those of two libraries differ in their last bit,
-# some round the other way, and 30 layers of it move the perplexity by a percent or two.
-ROOM = {"nf4": 1e-3, "int8": 3e-2}
+ROOM = 1e-3
 LOSS = {"nf4": 2.0, "int8": 1.05}  # so small a model loses much in 4 bits, above all one that was in 4 bits before
+PEER_LLAMA = "transformers.models.llama.modeling_llama"
 
 
-def perplexity(model: Any, ids: torch.Tensor) -> float:
+@pytest.fixture
+def rounds_twice(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a rotary embedding in the peer's arithmetic, registered for the length of a test.
+
+    The peer rounds both products and then their sum; torch's addcmul, which our default calls, rounds less. In full
+    precision that is the last bit. But int8 rounds activations to 127 steps of their row: a last bit turns one of them,
+    a step turns many in the layers after, and the perplexity of these 200 tokens is another draw from a range of 4 %
+    (the peer's own: 17.2 to 18.0, over embeddings that are off by a relative 2^-18). So int8 models can be compared to
+    0.1 % only where all before the codes is equal to the bit.
+    """
+    monkeypatch.setitem(dispatch._TABLE, "apply_rotary", dict(dispatch._TABLE["apply_rotary"]))
+
+    def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        half = query.shape[-1] // 2
+        return query * cos + query.roll(half, -1) * sin, key * cos + key.roll(half, -1) * sin
+
+    register_kernel("apply_rotary", "rounds twice", rotate)
+    return "rounds twice"
+
+
+def our_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """What the peer's function of the same arguments computes, in our default's arithmetic."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    low, high = sin.chunk(2, -1)
+    return apply_rotary(query, key, cos, torch.cat((-low, high), -1))
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    """(1, 200): the licence's first tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(smollm2.smollm2_directory() / "tokenizer.json"))
+    return torch.tensor([tokenizer.encode(LICENSE.read_text(encoding="utf-8")).ids[:200]])
+
+
+def perplexity(model: Any, ids: Tensor) -> float:
     """Of the model in evaluation mode on (1, tokens)."""
     with torch.no_grad():
         return math.exp(float(model(input_ids=ids, labels=ids).loss))
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_perplexity_on_a_fixed_text(option: str) -> None:
-    """As the peer's, and near that of the weights as they were, which the codes only approximate."""
-    tokenizers = pytest.importorskip("tokenizers")
-    directory = smollm2.smollm2_directory()
-    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    ids = torch.tensor([tokenizer.encode(LICENSE.read_text(encoding="utf-8")).ids[:200]])
-    common = {"dtype": torch.float32, "device_map": "cpu"}
-    mine = AutoModelForCausalLM.from_pretrained(
-        directory, quantization_config=BitsAndBytesConfig(**OPTIONS[option]), **common
-    )
+def load_peer(option: str, dtype: torch.dtype) -> Any:
     peer = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, quantization_config=transformers.BitsAndBytesConfig(**OPTIONS[option]), **common
-    )
+        smollm2.smollm2_directory(), dtype=dtype, device_map="cpu",
+        quantization_config=transformers.BitsAndBytesConfig(**OPTIONS[option]),
+    )  # fmt: skip
     for module in peer.modules():  # else, on some processors, it repacks weights for a kernel with scales in bf16
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    return peer
+
+
+def load_mine(option: str, dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        smollm2.smollm2_directory(), dtype=dtype, device_map="cpu",
+        quantization_config=BitsAndBytesConfig(**OPTIONS[option]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "dtype"),
+    [("nf4", torch.float32), ("int8", torch.float32), ("int8", torch.bfloat16), ("int8", torch.float16)],
+    ids=["nf4", "int8", "int8-bf16", "int8-fp16"],
+)
+def test_perplexity_on_a_fixed_text(
+    option: str, dtype: torch.dtype, ids: Tensor, rounds_twice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the peer's, whichever of the two rounds its rotary embedding as the other; and near that of the weights as
+    they were, which the codes only approximate."""
+    mine, peer = load_mine(option, dtype), load_peer(option, dtype)
     ours, theirs = perplexity(mine, ids), perplexity(peer, ids)
-    assert abs(ours / theirs - 1) <= ROOM[option]
-    plain = perplexity(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), ids)
+    monkeypatch.setattr(f"{PEER_LLAMA}.apply_rotary_pos_emb", our_rotary)
+    assert abs(ours / perplexity(peer, ids) - 1) <= ROOM
+    mine.set_kernels(apply_rotary=rounds_twice)
+    assert abs(perplexity(mine, ids) / theirs - 1) <= ROOM
+    plain = perplexity(AutoModelForCausalLM.from_pretrained(smollm2.smollm2_directory(), dtype=dtype), ids)
     assert ours / plain <= LOSS[option]
+
+
+def int8_layers(model: Any, kind: type) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_int8_layer_on_the_peers_activations(dtype: torch.dtype, ids: Tensor) -> None:
+    """Bit for bit, on inputs with outliers of up to thousands; the same modules, with the same codes and scales."""
+    mine, peer = dict(int8_layers(load_mine("int8", dtype), Linear8bitLt)), load_peer("int8", dtype)
+    kind = bitsandbytes.nn.Linear8bitLt
+    assert mine.keys() == {name for name, _ in int8_layers(peer, kind)}
+    apart, outliers = [], []
+    for name, module in int8_layers(peer, kind):
+
+        def compare(module: Any, inputs: tuple[Tensor, ...], output: Tensor, layer: Any = mine[name]) -> None:
+            same = torch.equal(layer.weight, module.weight) and torch.equal(layer.SCB, module.state.SCB)
+            if not same or not torch.equal(layer(inputs[0]), output):
+                apart.append(layer)
+            outliers.append(module.state.idx.numel())
+
+        module.register_forward_hook(compare)
+    perplexity(peer, ids)
+    assert len(outliers) == len(mine)
+    assert sum(outliers) > len(mine)
+    assert not apart

@@ -98,6 +98,29 @@ def test_a_column_of_outliers_costs_the_others_nothing(dtype: torch.dtype) -> No
     assert float((without - expected - added)[2].abs().max()) > float((found - expected - added)[2].abs().max())
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("value", "kept"), [(6.0, True), (-6.0, True), (5.999, True), (5.99609375, False), (1e5, True), (5.0, False)]
+)
+def test_which_columns_are_kept_apart(value: float, kept: bool, dtype: torch.dtype) -> None:
+    """Those with a magnitude of 6 or more once fp16 has rounded it, all of their rows, unrounded and out of the scale;
+    by float64, with a weight that picks single columns."""
+    x = quant_weights.weight("normal", (5, 16), dtype, 1).clamp_(-3, 3)
+    x[2, 4] = min(value, torch.finfo(dtype).max)
+    kept = kept or float(x[2, 4].abs()) >= 6.0  # bf16 has nothing between 5.96875 and 6
+    codes, scb = quantize_rows(torch.eye(16))
+    found = linear_int8(x, codes, scb, threshold=6.0).double()
+    half = x.half().double()
+    outliers = half.abs() >= 6.0
+    columns = outliers.any(0)
+    assert columns.tolist() == [kept and column == 4 for column in range(16)]
+    scale = half.masked_fill(outliers, 0.0).abs().amax(1, keepdim=True)
+    expected = (half * (127.0 / scale.float()).double()).round() * scale * 127 * kernel.PER_127_SQUARED
+    expected[:, columns] = x[:, columns].double()
+    room = 2 * torch.finfo(dtype).eps * expected.abs() + 1e-6
+    assert bool(((found - expected).abs() <= room).all())
+
+
 def test_gradients_are_those_of_the_decoded_weight() -> None:
     codes, scb = quantize_rows(quant_weights.weight("normal", (10, 33), torch.float32))
     x = quant_weights.weight("normal", (2, 3, 33), torch.float32, 1).requires_grad_()
