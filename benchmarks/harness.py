@@ -2,13 +2,15 @@
 
 A benchmark module defines ``measure(side, work) -> dict of figures``, which runs in a process of its own, and calls
 `race` or `race_all` for each row. The figures of a row are medians over the rounds; a ratio is the median of the
-rounds' ratios, with the smallest and largest beside it.
+rounds' ratios, with the smallest and largest beside it. A figure may be something else than a number, of which no ratio
+is taken: a text that says why a side has none, or a curve.
 """
 
 from __future__ import annotations
 
 import argparse
 import compileall
+import importlib
 import json
 import mmap
 import os
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib import metadata, util
@@ -27,9 +29,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(os.environ.get("LOADSTONE_BENCH_RESULTS") or ROOT / "benchmarks" / "results")
-PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "triton")
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "triton", "bitsandbytes", "peft")
 _POPULATE_WRITE = 23  # Linux 5.14
-Measure = Callable[[str, dict[str, Any]], dict[str, float]]
+Measure = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
 class PrivateMemory:
@@ -60,6 +62,28 @@ class PrivateMemory:
                 if line.startswith("RssAnon:"):
                     return int(line.split()[1]) / 1e3
         return float("nan")
+
+
+class DeviceMemory:
+    """Peak of what torch holds for tensors on the current GPU, MB."""
+
+    def __enter__(self) -> DeviceMemory:
+        importlib.import_module("torch").cuda.reset_peak_memory_stats()
+        self.peak = self.now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.peak = importlib.import_module("torch").cuda.max_memory_allocated() / 1e6
+
+    @staticmethod
+    def now() -> float:
+        """Memory of the tensors at this moment, MB."""
+        return importlib.import_module("torch").cuda.memory_allocated() / 1e6
+
+
+def memory_on(device: str) -> DeviceMemory | PrivateMemory:
+    """What watches the memory of work on "cuda" or on "cpu"."""
+    return DeviceMemory() if device == "cuda" else PrivateMemory()
 
 
 def warm_memory(gigabytes: float) -> None:
@@ -97,26 +121,36 @@ def race(
 def race_all(
     module: str, name: str, work: dict[str, Any], *, rounds: int, sides: Sequence[str], uncounted: int = 1
 ) -> list[dict[str, Any]]:
-    """`race` of the first side against each of the others, all in turn; a row for each of them, its "peer"."""
+    """`race` of the first side against each of the others, all in turn; a row for each of them, its "peer".
+
+    A side that has nobody to race gets a row all the same, whose peer is None.
+    """
     _compile_sources()
-    seen: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    seen: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for turn in range(rounds + uncounted):
         for side in sides if turn % 2 else sides[::-1]:
             figures = _child(module, side, work)
             if turn >= uncounted:
                 seen[side].append(figures)
     rows = []
-    for peer in sides[1:]:
+    for peer in sides[1:] or (None,):
+        both = sides[:1] if peer is None else (sides[0], peer)
         row: dict[str, Any] = {"row": name, "peer": peer, "work": work, "rounds": rounds}
         row |= {"commit": commit(), "date": now()}
         for figure in seen[sides[0]][0]:
-            row[figure] = compared(
-                [(ours[figure], theirs[figure]) for ours, theirs in zip(seen[sides[0]], seen[peer], strict=True)],
-                (sides[0], peer),
-            )
-        print_row(row, (sides[0], peer))
+            row[figure] = summarized({side: [figures[figure] for figures in seen[side]] for side in both})
+        print_row(row, both)
         rows.append(row)
     return rows
+
+
+def summarized(seen: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """One figure of all rounds: `compared` for numbers of two sides, else what each side has; no number: its last."""
+    numbers = {side: all(isinstance(value, (int, float)) for value in values) for side, values in seen.items()}
+    if len(seen) == 2 and all(numbers.values()):
+        first, second = seen
+        return compared(list(zip(seen[first], seen[second], strict=True)), (first, second))
+    return {side: statistics.median(values) if numbers[side] else values[-1] for side, values in seen.items()}
 
 
 def compared(pairs: Sequence[tuple[float, float]], sides: tuple[str, str]) -> dict[str, Any]:
@@ -138,7 +172,7 @@ def _compile_sources() -> None:
     compileall.compile_dir(ROOT, maxlevels=0, quiet=2)
 
 
-def _child(module: str, side: str, work: dict[str, Any]) -> dict[str, float]:
+def _child(module: str, side: str, work: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", module, "--child", side, json.dumps(work)],
         cwd=ROOT,
@@ -152,7 +186,7 @@ def _child(module: str, side: str, work: dict[str, Any]) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def print_row(row: dict[str, Any], sides: tuple[str, str]) -> None:
+def print_row(row: dict[str, Any], sides: Sequence[str]) -> None:
     """A row for the reader of the terminal."""
     print(row["row"], flush=True)
     for figure, value in row.items():
@@ -163,6 +197,14 @@ def print_row(row: dict[str, Any], sides: tuple[str, str]) -> None:
                 f"ratio {value['ratio'] or 0:7.2f}  ({low:.2f} to {high:.2f})",
                 flush=True,
             )
+        elif isinstance(value, dict) and set(value) == set(sides):
+            print(f"    {figure:<28} " + "   ".join(f"{side} {_told(value[side])}" for side in sides), flush=True)
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_told, value))
+    return value if isinstance(value, str) else f"{value:10.4f}"
 
 
 def environment() -> dict[str, Any]:
@@ -184,6 +226,11 @@ def environment() -> dict[str, Any]:
             "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         },
     }
+
+
+def missing(packages: Iterable[str]) -> dict[str, str]:
+    """{package: that it is not installed}, of those that are not."""
+    return {package: f"{package} is not installed" for package in packages if util.find_spec(package) is None}
 
 
 def commit() -> str:

@@ -7,48 +7,74 @@ import math
 import os
 import shutil
 import struct
+from importlib import util
 from pathlib import Path
 from typing import Any
 
-from .harness import ROOT
+from .harness import ROOT, importable
 
 CACHE = ROOT / ".cache" / "bench"
 
-LLAMA_1B = {
+LLAMA_1B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048,
     "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
     "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": "bfloat16",
 }  # fmt: skip
-LLAMA_70B = {
+LLAMA_70B: dict[str, Any] = {
     **LLAMA_1B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
     "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+}  # fmt: skip
+LLAMA_8B = {
+    **LLAMA_1B, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_key_value_heads": 8,
+    "vocab_size": 128256, "max_position_embeddings": 8192,
+}  # fmt: skip
+LLAMA_SMALL = {
+    **LLAMA_1B, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8,
+}  # fmt: skip
+LLAMA_TINY = {
+    **LLAMA_SMALL, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 512,
 }  # fmt: skip
 GPT2_SMALL = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": "float32"}
 
 
 def path_of(work: str) -> Path:
-    """The directory of ``llama1b``, ``gpt2s``, ``smollm2`` or ``llama70b`` (headers and holes), made if need be."""
+    """The directory of ``llama1b``, ``llama8b``, ``llama_small``, ``llama_tiny``, ``gpt2s``, ``smollm2`` or
+    ``llama70b`` (headers and holes), made if need be. RuntimeError if what ``smollm2`` is made from is missing."""
     directory = CACHE / work
     if (directory / "config.json").exists():
         return directory
     if work == "smollm2":
-        from tests.smollm2 import smollm2_directory
-
-        return Path(smollm2_directory())
+        return _smollm2()
+    importable()
     staged = CACHE / f"{work}.{os.getpid()}"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-    {"llama1b": _llama_1b, "gpt2s": _gpt2_small, "llama70b": _llama_70b}[work](staged)
+    if work == "llama70b":
+        _llama_70b(staged)
+    else:
+        _random(staged, *_RANDOM[work])
     staged.rename(directory)
     return directory
 
 
-def _llama_1b(directory: Path) -> None:
-    _random(directory, LLAMA_1B, max_shard_size="500MB")
+_RANDOM: dict[str, tuple[dict[str, Any], str]] = {  # configuration and size of a shard
+    "llama1b": (LLAMA_1B, "500MB"),
+    "llama8b": (LLAMA_8B, "5GB"),
+    "llama_small": (LLAMA_SMALL, "5GB"),
+    "llama_tiny": (LLAMA_TINY, "5GB"),
+    "gpt2s": (GPT2_SMALL, "5GB"),
+}
 
 
-def _gpt2_small(directory: Path) -> None:
-    _random(directory, GPT2_SMALL, max_shard_size="5GB")
+def _smollm2() -> Path:
+    """As the tests make it; from its file, as the repository's root may not be importable."""
+    spec = util.spec_from_file_location("smollm2", ROOT / "tests" / "smollm2.py")
+    assert spec is not None
+    assert spec.loader is not None
+    smollm2 = util.module_from_spec(spec)
+    spec.loader.exec_module(smollm2)
+    return Path(smollm2.smollm2_directory())
 
 
 def _random(directory: Path, config: dict[str, Any], max_shard_size: str) -> None:

@@ -16,7 +16,17 @@ _COMMANDS = {
     "demo": ".demo", "inspect": ".inspect", "generate": ".generate", "list": ".listing", "tune": ".tune",
     "bench": ".bench", "quantize": ".quantize",
 }  # fmt: skip
-BENCHMARKS = ("attention", "ops", "training-step", "first-call", "quantization", "forward", "loading", "imports")
+BENCHMARKS = (
+    "attention",
+    "ops",
+    "training-step",
+    "first-call",
+    "quantization",
+    "qlora",
+    "forward",
+    "loading",
+    "imports",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

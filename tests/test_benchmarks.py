@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
 import types
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +216,17 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert module("harness").compared([(0.0, 2.0)], ("loadstone", "peer"))["ratio"] is None
 
 
+def test_figures_that_are_no_numbers_have_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = module("harness")
+    found = harness.summarized({"loadstone": [1.0, 3.0, 2.0], "peer": [1.0, "why", "why not"]})
+    assert found == {"loadstone": 2.0, "peer": "why not"}
+    assert harness.summarized({"loadstone": [1.0, 2.0], "peer": [2.0, 2.0]})["ratio"] == 1.5
+    figures = iter([{"s": 1.0, "curve": [3.0, 2.0]}, {"s": 3.0, "curve": [3.0, 1.0]}])
+    monkeypatch.setattr(harness, "_child", lambda module, side, work: next(figures))
+    [row] = harness.race_all("module", "alone", {}, rounds=2, uncounted=0, sides=["loadstone"])
+    assert (row["peer"], row["s"], row["curve"]) == (None, {"loadstone": 2.0}, {"loadstone": [3.0, 1.0]})
+
+
 def test_renewed_rows_replace_those_of_the_same_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     harness = module("harness")
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
@@ -237,18 +252,213 @@ def test_the_chart_of_a_gpu(tmp_path: Path) -> None:
     assert (tmp_path / "chart.png").stat().st_size > 10_000
 
 
+# Quantized models
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A Llama of two layers; the sides of a race may be called in this process, which they would keep from logging."""
+    monkeypatch.setattr(module("works"), "CACHE", tmp_path / "works")
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    return str(module("works").path_of("llama_tiny"))
+
+
+@pytest.mark.parametrize("name", ["NF4", "NF4, double quantization", "int8"])
+def test_bytes_of_a_token_are_those_of_the_layers(name: str, tiny_checkpoint: str) -> None:
+    quantization = module("quantization")
+    work = {**quantization.QUANTIZATIONS[name], "path": tiny_checkpoint}
+    model = quantization.load("loadstone", work)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    unread = ("embed_tokens.weight", "quant_map", "quant_state", "weight_format", "inv_freq")
+    read = sum(tensor.nbytes for key, tensor in tensors.items() if not key.endswith(unread))
+    assert quantization.bytes_a_token(module("works").LLAMA_TINY, work) == read
+
+
+def measured(quantization: Any, name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """A row of both sides, called in this process."""
+    found = {side: [quantization.generate(side, given)] for side in ("loadstone", "transformers")}
+    row: dict[str, Any] = {"row": name, "peer": "transformers", "work": given}
+    for figure in found["loadstone"][0]:
+        row[figure] = module("harness").summarized({side: [seen[0][figure]] for side, seen in found.items()})
+    return row
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs a GPU's rows on the CPU")
+def test_a_gpus_rows_on_the_cpu(tiny_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides load, continue a prompt and compute the same; the shares and targets follow; all is written."""
+    pytest.importorskip("bitsandbytes")
+    quantization, harness = module("quantization"), module("harness")
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "race_all", lambda _, name, given, **rest: [measured(quantization, name, given)])
+    work = {**quantization.GPU_WORK, **quantization.QUICK, "device": "cpu"}
+    rows = {name: {**part, **work} for name, part in quantization.QUANTIZATIONS.items()}
+    quantization.run_on_gpu(Namespace(quick=True, only="", rounds=1), rows, {})
+    result = json.loads((tmp_path / "quantization_cpu.json").read_text())
+    assert [row["row"] for row in result["rows"]] == list(rows)
+    for row in result["rows"]:
+        assert row["decode, s a token"]["ratio"] > 0
+        assert row["prefill of 64 tokens, s"]["ratio"] > 0
+        assert set(row["decode in a CUDA graph, s a token"].values()) == {"no CUDA graph: no CUDA device"}
+        share, speed = (row[f"decode, {figure}"]["loadstone"] for figure in ("of a copy", "tokens/s"))
+        assert share == pytest.approx(row["bytes a token"] * speed / result["ceilings"]["copy, B/s"])
+        assert row["targets"]["of a copy"] == {"wanted": 0.8, "found": pytest.approx(share)}
+        assert row["targets"]["times the peer's tokens/s"]["wanted"] == 1.5
+        assert 0 < row["logits apart"] < 0.1
+        assert set(row["work"]) == set(rows[row["row"]])
+
+
+def test_targets_take_the_better_way_of_each_side() -> None:
+    row: dict[str, Any] = {
+        "row": "x", "peer": "transformers", "work": {},
+        "decode, s a token": {"loadstone": 4e-3, "transformers": 2e-3},
+        "decode in a CUDA graph, s a token": {"loadstone": 1e-3, "transformers": "no CUDA graph: why"},
+    }  # fmt: skip
+    module("quantization").derive(row, 6_000_000, 1e10)
+    assert row["decode in a CUDA graph, of a copy"] == {"loadstone": pytest.approx(0.6)}
+    assert row["decode, of a copy"]["transformers"] == pytest.approx(0.3)
+    assert [target["found"] for target in row["targets"].values()] == [pytest.approx(0.6), pytest.approx(2.0)]
+
+
+def test_sides_that_compute_different_things_are_refused(tmp_path: Path) -> None:
+    for side, logits in (("loadstone", torch.ones(1, 1, 9)), ("transformers", torch.arange(9.0).view(1, 1, 9))):
+        torch.save(logits, tmp_path / f"{side}.pt")
+    row: dict[str, Any] = {"row": "x", "peer": "transformers", "work": {"bits": 8}}
+    module("quantization").compare_logits(row, tmp_path)
+    assert "different things" in row["failed"]
+
+
+class Recorder:
+    """What `captured` uses of torch: a capture runs, and a replay leaves what the capture computed."""
+
+    def __init__(self, error: str = "") -> None:
+        self.error, self.replays, self.cuda = error, 0, self
+
+    def is_available(self) -> bool:
+        return True
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def graph(self, graph: Any) -> Iterator[None]:
+        yield
+        if self.error:
+            raise RuntimeError(self.error)
+
+    def Stream(self) -> Recorder:
+        return self
+
+    current_stream = CUDAGraph = Stream
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+@pytest.mark.parametrize("side", ["loadstone", "transformers"])
+@torch.no_grad()
+def test_decoding_in_a_static_cache_is_that_in_a_growing_one(side: str, tiny_checkpoint: str) -> None:
+    package = pytest.importorskip(side)
+    quantization = module("quantization")
+    model = package.AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    prompt = torch.arange(5, 17)[None]
+
+    def captured(recorder: Recorder, expected: float = 1.0) -> float | str:
+        decoding = quantization.Decoding(recorder, package, model, prompt, 1e-4)
+        assert decoding.eager(3, lambda call: call() or 6.0) == 2.0
+        decoding._expected = decoding._expected * expected
+        return decoding.captured(3, 2, lambda call: call() or 6.0)
+
+    assert captured(recorder := Recorder()) == 2.0
+    assert recorder.replays == 4
+    assert captured(Recorder("capture\nfailed")) == "no CUDA graph: RuntimeError: capture"
+    assert "something else than eager" in str(captured(Recorder(), 2.0))
+
+
+def test_without_a_gpu_its_rows_are_named_as_not_measured(
+    tiny_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantization, harness = module("quantization"), module("harness")
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "missing", lambda packages: {})
+    monkeypatch.setattr(harness, "race", lambda _, name, work, **rest: {"row": name, "work": dict(work)})
+    monkeypatch.setattr(module("side_by_side"), "device", lambda: CPU)
+    quantization.run(Namespace(quick=True, only="", rounds=1, model="llama1b"))
+    result = json.loads((tmp_path / "quantization.json").read_text())
+    assert [row["row"] for row in result["rows"]] == [name for name, _ in quantization.CPU_ROWS]
+    out = capsys.readouterr().out
+    assert len(result["missing"]) == 3
+    for name in result["missing"]:
+        assert name.endswith("on a GPU")
+        assert f"not measured: {name}, no CUDA device" in out
+
+
+def test_qlora_begins_with_the_same_adapter_and_learns_the_same(tiny_checkpoint: str) -> None:
+    for package in ("transformers", "bitsandbytes", "peft"):
+        pytest.importorskip(package)
+    qlora, harness = module("qlora"), module("harness")
+    work = {**qlora.BASE, "device": "cpu", "batch": 2, "length": 32, "steps": 3, "path": tiny_checkpoint}
+    sides = ("loadstone", "transformers")
+    adapters = []
+    for side in sides:
+        named = qlora.adapted(side, work).named_parameters()
+        adapters.append({name[name.index("layers.") :]: p.detach() for name, p in named if p.requires_grad})
+    assert adapters[0].keys() == adapters[1].keys()
+    assert len(adapters[0]) == 2 * 2 * 7
+    for name, matrix in adapters[0].items():
+        assert torch.equal(matrix, adapters[1][name])
+        assert bool(matrix.any()) == (".lora_A." in name)
+    found = {side: [qlora.measure(side, work)] for side in sides}
+    row: dict[str, Any] = {"row": "x", "peer": "transformers", "work": work}
+    row |= {
+        figure: harness.summarized({side: [found[side][0][figure]] for side in sides}) for figure in found[sides[0]][0]
+    }
+    qlora.derive(row)
+    assert row["losses apart"] < 0.01
+    assert row["losses"]["loadstone"][0] != row["losses"]["loadstone"][2]
+    assert row["tokens/s"]["loadstone"] == pytest.approx(64 / row["seconds a step"]["loadstone"])
+    assert "failed" not in row
+    row["losses"]["loadstone"][2] *= 1.1
+    qlora.derive(row)
+    assert "train different things" in row["failed"]
+    json.dumps(row)
+
+
+def test_a_layer_without_an_adapter_is_no_race(tiny_checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    qlora = module("qlora")
+    monkeypatch.setitem(qlora.ADAPTER, "target_modules", ["q_proj", "v_proj"])
+    with pytest.raises(RuntimeError, match="not 28"):
+        qlora.adapted("loadstone", {**qlora.BASE, "path": tiny_checkpoint})
+
+
+def test_models_of_qlora() -> None:
+    qlora = module("qlora")
+    asked = {"quick": False, "only": "", "steps": 4}
+    for device in ("cpu", "cuda"):
+        rows = qlora.chosen(Namespace(model=None, **asked), device)
+        assert len(rows) == len(qlora.DEFAULT[device])
+        assert all(work["device"] == device and work["steps"] == 4 for _, work in rows.values())
+        for model, (checkpoint, name, sizes) in qlora.MODELS.items():
+            [(row, (found, work))] = qlora.chosen(Namespace(model=model, **asked), device).items()
+            assert found == checkpoint
+            assert name in row
+            assert (work["batch"], work["length"]) == sizes[device]
+
+
 # Each script
 
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("attention", ()), ("ops", ("--only", "apply_rotary")), ("training_step", ()), ("first_call", ())],
+    [("attention", ()), ("ops", ("--only", "apply_rotary")), ("training_step", ()), ("first_call", ()), ("qlora", ())],
 )
 def test_quick_runs_write_their_results(name: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
     """With torch alone: no peer, no matplotlib."""
-    out = run(
-        name, tmp_path, "--quick", *arguments, without=("transformers", "liger_kernel", "matplotlib", "flash_attn")
-    )
+    absent = ("transformers", "liger_kernel", "matplotlib", "flash_attn", "bitsandbytes", "peft")
+    out = run(name, tmp_path, "--quick", *arguments, without=absent)
     assert "no GPU" in out
     result = json.loads((tmp_path / f"{name}_cpu.json").read_text())
     assert result["rows"]
@@ -257,12 +467,17 @@ def test_quick_runs_write_their_results(name: str, arguments: tuple[str, ...], t
     if name == "training_step":
         assert "transformers" in result["missing"]
         assert [row["peer"] for row in result["rows"]] == ["loadstone, torch operations"]
+    if name == "qlora":
+        assert set(result["missing"]) == {"transformers", "bitsandbytes", "peft"}
+        assert [row["peer"] for row in result["rows"]] == [None]
+        assert len(result["rows"][0]["losses"]["loadstone"]) == result["rows"][0]["work"]["steps"]
     assert {path.name for path in tmp_path.glob("*.*")} == {f"{name}_cpu.json", "sitecustomize.py"}
 
 
-def test_races_against_transformers_say_when_it_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"loadstone\[bench\]"):
-        run("imports", tmp_path, without=("transformers",))
+@pytest.mark.parametrize(("name", "package"), [("imports", "transformers"), ("quantization", "bitsandbytes")])
+def test_races_against_transformers_say_when_it_is_missing(name: str, package: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=rf"{package}.* is missing.*loadstone\[bench\]"):
+        run(name, tmp_path, without=(package,))
 
 
 def test_the_table_shows_every_result_it_is_made_of() -> None:

@@ -29,6 +29,8 @@ pytestmark = [
         ("ops", ()),
         ("training_step", ()),
         ("first_call", ()),
+        ("quantization", ()),
+        ("qlora", ()),
     ],
 )
 def test_quick_runs(name: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
@@ -40,7 +42,11 @@ def test_quick_runs(name: str, arguments: tuple[str, ...], tmp_path: Path) -> No
     result = json.loads(next(tmp_path.glob(f"{name}_*.json")).read_text())
     assert result["gpu"]["name"] == torch.cuda.get_device_name()
     assert result["rows"]
-    assert any("seconds" in row or "first call, s" in row for row in result["rows"])
+    figures = {"seconds", "first call, s", "load, s", "seconds a step"}
+    assert any(figures & set(row) for row in result["rows"])
+    assert all("failed" not in row for row in result["rows"] if name in ("quantization", "qlora"))
+    if name == "quantization":
+        assert all(row["decode in a CUDA graph, tokens/s"] for row in result["rows"] if row["work"]["bits"] == 4)
 
 
 @pytest.mark.parametrize("kernel", ["flash_forward", "flash_backward_keys", "flash_decode", "norm_forward", "gate"])
