@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from ..errors import IntegrityError
 from .checkpoint import Checkpoint
+from .disk import map_file
 from .header import TensorEntry
 
 
@@ -26,11 +25,8 @@ class Files:
         whole = self._storages.get(file)
         if whole is None:
             try:
-                whole = cast(
-                    torch.UntypedStorage,
-                    torch.UntypedStorage.from_file(os.fspath(file), False, self._stamps[file].size),
-                )
-            except RuntimeError as error:
+                whole = map_file(file, self._stamps[file].size)
+            except (OSError, RuntimeError) as error:
                 raise IntegrityError(f"cannot map {file}; did it change since its header was read? {error}") from error
             self._storages[file] = whole
         return whole[begin:end]
