@@ -1,8 +1,9 @@
 """One dispatch: models call operations, and what a model was told decides which implementation runs.
 
 An operation (`rms_norm`, `linear_cross_entropy`, ...) has implementations by name: "torch", the reference that runs
-everywhere, "triton", and what users register. `Kernels` is what a model was told: one name for all operations, or one
-for some of them. "auto" takes Triton on a GPU that can run it, for what the kernel supports, and torch elsewhere.
+everywhere, "triton", for some "native", compiled for the CPU when loadstone was installed, and what users register.
+`Kernels` is what a model was told: one name for all operations, or one for some of them. "auto" takes Triton on a GPU
+that can run it and compiled code on a CPU that can, for what these support, and torch elsewhere.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError, RegistrationError, nearest
-from . import support
+from . import native, support
 
 Supports = Callable[..., "str | None"]
 """Called with the operation's arguments; why an implementation cannot take them, or None if it can."""
 
-BUILT_IN = ("auto", "torch", "triton")
+BUILT_IN = ("auto", "torch", "triton", "native")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ def declare(operation: str, torch_function: Callable[..., Any], triton_home: str
     _TABLE[operation] = {"torch": _Implementation(torch_function)}
     if triton_home is not None:
         _TRITON_HOMES[operation] = triton_home
+
+
+def declare_native(operation: str, function: Callable[..., Any], supports: Supports) -> None:
+    """Give a declared operation its compiled form, which runs where `native.why_not` finds nothing against it."""
+    _TABLE[operation]["native"] = _Implementation(function, supports)
 
 
 def operations() -> list[str]:
@@ -104,8 +110,8 @@ _import_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 class Kernels:
     """Which implementation of each operation runs.
 
-    default: "auto", "torch", "triton" or a registered name, for all operations; one that only some operations know
-        counts for those, the others are chosen as "auto". choices: {operation: name}, which wins over ``default``.
+    default: "auto", "torch", "triton", "native" or a registered name, for all operations; one that only some operations
+        know counts for those, the others are chosen as "auto". choices: {operation: name}, which wins over ``default``.
     Raises KernelError for a name that no operation knows, or an operation that does not know its name.
     """
 
@@ -141,12 +147,13 @@ class Kernels:
         return name if known or name in ("auto", "torch") or name in _TABLE[operation] else "auto"
 
     def require(self, device: torch.device | None = None) -> Kernels:
-        """This selection, if it can run. Raises KernelError if Triton was asked for and ``device`` (None: any device
-        of this machine) cannot run it."""
-        if "triton" in (self.default, *self.choices.values()):
-            reason = support.no_gpu_at_all() if device is None else support.why_not(device)
-            if reason is not None:
-                raise KernelError(f"kernels='triton' was asked for and cannot run: {reason}. Pass kernels='auto'")
+        """This selection, if it can run. Raises KernelError if Triton or compiled code was asked for and ``device``
+        (None: any device of this machine) cannot run it."""
+        asked = (self.default, *self.choices.values())
+        if "triton" in asked:
+            _must_run("triton", support.no_gpu_at_all() if device is None else support.why_not(device))
+        if "native" in asked:
+            _must_run("native", _why_not_native(torch.device("cpu") if device is None else device))
         return self
 
     def chosen(self, operation: str, device: torch.device | str) -> str:
@@ -154,7 +161,27 @@ class Kernels:
         name = self.name_of(operation)
         if name != "auto":
             return name
-        return "triton" if operation in _TRITON_HOMES and support.prefers(torch.device(device)) else "torch"
+        if operation in _TRITON_HOMES and support.prefers(torch.device(device)):
+            return "triton"
+        runs = "native" in _TABLE[operation] and _why_not_native(torch.device(device)) is None
+        return "native" if runs else "torch"
+
+
+def _why_not_native(device: torch.device) -> str | None:
+    return native.why_not() if device.type == "cpu" else f"compiled code runs on the CPU, the tensors are on {device}"
+
+
+def _must_run(name: str, reason: str | None, operation: str = "") -> None:
+    if reason is not None:
+        raise KernelError(
+            f"kernels={name!r} was asked for and cannot run{' ' if operation else ''}{operation}: {reason}. Pass "
+            "kernels='auto'"
+        )
+
+
+def _warn_if_native_would_run(compiled: _Implementation, tensor: Tensor, arguments: tuple[Any, ...]) -> None:
+    if compiled.supports is None or compiled.supports(tensor, *arguments) is None:
+        native.warn()
 
 
 AUTO = Kernels()
@@ -168,11 +195,12 @@ def dispatch(kernels: Kernels, operation: str, tensor: Tensor, *arguments: Any) 
     asked = kernels.name_of(operation)
     name = kernels.chosen(operation, tensor.device) if asked == "auto" else asked
     if name == "triton":
-        if (reason := support.why_not(tensor.device)) is not None:
-            raise KernelError(
-                f"kernels='triton' was asked for and cannot run {operation}: {reason}. Pass kernels='auto'"
-            )
+        _must_run(name, support.why_not(tensor.device), operation)
         _import_triton(operation)
+    elif name == "native" and asked != "auto":
+        _must_run(name, _why_not_native(tensor.device), operation)
+    elif name == "torch" and asked == "auto" and tensor.device.type == "cpu" and "native" in _TABLE[operation]:
+        _warn_if_native_would_run(_TABLE[operation]["native"], tensor, arguments)
     found = _TRITON[operation] if name == "triton" else _TABLE[operation][name]
     if found.supports is not None and (reason := found.supports(tensor, *arguments)) is not None:
         if asked != "auto":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from ..errors import KernelError
 from . import native
-from .dispatch import AUTO, Kernels, declare, dispatch
+from .dispatch import AUTO, Kernels, declare, declare_native, dispatch
 from .library import define
 
 # Numbers decoded at a time, in fp32: on a CPU they stay in its cache until they are multiplied.
@@ -55,8 +56,8 @@ def linear_4bit(
     x: (..., in_features); under autocast it is cast as in a linear layer. packed, absmax, code, blocksize: as in
     `dequantize_4bit`. shape: (out_features, in_features). bias: (out_features,) or None, cast to the dtype of x.
     Returns (..., out_features) in that dtype. The weight is never held decoded as a whole in the forward pass on a CPU;
-    the backward pass decodes it. Up to 16 rows on a CPU with AVX-512 are multiplied by compiled code, where that
-    was built (`native.why_not`). Raises KernelError if shapes do not fit each other.
+    the backward pass decodes it. The kernel "native" (CPUs with AVX-512) multiplies few rows while it decodes.
+    Raises KernelError if shapes do not fit each other.
     """
     _check(packed, absmax, code, blocksize, shape)
     if len(shape) != 2 or x.dim() == 0 or x.shape[-1] != shape[1] or (bias is not None and bias.shape != shape[:1]):
@@ -87,7 +88,7 @@ def _check(packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: 
             )
 
 
-def _decode(out: Tensor, packed: Tensor, absmax: Tensor, pairs: Tensor, blocksize: int) -> None:
+def _decode(pairs: Tensor, out: Tensor, packed: Tensor, absmax: Tensor, blocksize: int) -> None:
     """Fill ``out``, flat, from its codes; ``pairs``: see `_pairs`."""
     count = out.numel()
     numbers = torch.index_select(pairs, 0, packed.int()).view(torch.float32)
@@ -117,31 +118,62 @@ def _torch_decode(
     for start in range(0, flat.numel(), step):
         part = flat[start : start + step]
         codes, scales = packed[start // 2 :][: (part.numel() + 1) // 2], absmax[start // blocksize :]
-        _decode(part, codes, scales[: -(-part.numel() // blocksize)], pairs, blocksize)
+        _decode(pairs, part, codes, scales[: -(-part.numel() // blocksize)], blocksize)
+    return out
+
+
+def _multiply(
+    decode: Callable[[Tensor, Tensor, Tensor, int], None],
+    x: Tensor, packed: Tensor, absmax: Tensor, blocksize: int, shape: Sequence[int], bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The product, a few rows of the weight decoded at a time: ``decode(out, packed, absmax, blocksize)`` fills out."""
+    rows, width = shape
+    least = blocksize // math.gcd(blocksize, width)  # rows that end where a block does
+    step = min(rows, max(1, _chunk(x.device) // (width * least)) * least)
+    out = x.new_empty((*x.shape[:-1], rows))
+    weight = x.new_empty(step * width)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        first, numbers = start * width, count * width
+        codes, scales = packed[first // 2 :][: (numbers + 1) // 2], absmax[first // blocksize :]
+        decode(weight[:numbers], codes, scales[: -(-numbers // blocksize)], blocksize)
+        part = None if bias is None else bias[start : start + count]
+        product = F.linear(x, weight[:numbers].view(count, width), part)
+        if count == rows:
+            return product
+        out[..., start : start + count] = product
     return out
 
 
 def _torch_forward(
     x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int], bias: Tensor | None
 ) -> Tensor:
-    rows, width = shape
-    if native.takes(x, blocksize, width):
-        out = native.linear_4bit(x, packed, absmax, code, blocksize, rows)
-        return out if bias is None else out.add_(bias)
-    least = blocksize // math.gcd(blocksize, width)  # rows that end where a block does
-    step = max(1, _chunk(x.device) // (width * least)) * least
-    if step >= rows:
-        return F.linear(x, _torch_decode(packed, absmax, code, blocksize, shape, x.dtype), bias)
-    out = x.new_empty((*x.shape[:-1], rows))
-    weight, pairs = x.new_empty(step * width), _pairs(code)
-    for start in range(0, rows, step):
-        count = min(step, rows - start)
-        first, numbers = start * width, count * width
-        codes, scales = packed[first // 2 :][: (numbers + 1) // 2], absmax[first // blocksize :]
-        _decode(weight[:numbers], codes, scales[: -(-numbers // blocksize)], pairs, blocksize)
-        part = None if bias is None else bias[start : start + count]
-        out[..., start : start + count] = F.linear(x, weight[:numbers].view(count, width), part)
+    return _multiply(partial(_decode, _pairs(code)), x, packed, absmax, blocksize, shape, bias)
+
+
+def _native_decode(
+    packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    out = torch.empty(list(shape), dtype=dtype)
+    native.decode_4bit(out.view(-1), packed, absmax, code, blocksize)
     return out
+
+
+def _native_forward(
+    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int], bias: Tensor | None
+) -> Tensor:
+    outputs, width = shape
+    flat = x.reshape(-1, width)
+    if not native.takes_rows(flat.shape[0], x.dtype, blocksize, width):
+
+        def decode(out: Tensor, packed: Tensor, absmax: Tensor, blocksize: int) -> None:
+            native.decode_4bit(out, packed, absmax, code, blocksize)
+
+        return _multiply(decode, x, packed, absmax, blocksize, shape, bias)
+    y = native.linear_4bit(flat, packed, absmax, code, blocksize, outputs)
+    if bias is not None:
+        y.add_(bias)
+    return y.to(x.dtype).view(*x.shape[:-1], outputs)
 
 
 def fake_decode(
@@ -178,9 +210,16 @@ def linear_backward(decode: Callable[..., Tensor]) -> Callable[..., tuple[Tensor
     return backward
 
 
-_decode_operation = define("dequantize_4bit", _torch_decode, fake_decode)
-_linear_operation = define(
-    "linear_4bit", _torch_forward, fake_linear, backward=linear_backward(_decode_operation), setup_context=keep_codes
-)
-declare("dequantize_4bit", _decode_operation, "four_bit")
-declare("linear_4bit", _linear_operation, "four_bit")
+def _declare(ending: str, decode: Callable[..., Tensor], forward: Callable[..., Tensor]) -> tuple[Any, Any]:
+    decoding = define(f"dequantize_4bit{ending}", decode, fake_decode)
+    backward = linear_backward(decoding)
+    product = define(f"linear_4bit{ending}", forward, fake_linear, backward=backward, setup_context=keep_codes)
+    return decoding, product
+
+
+_torch_operations = _declare("", _torch_decode, _torch_forward)
+declare("dequantize_4bit", _torch_operations[0], "four_bit")
+declare("linear_4bit", _torch_operations[1], "four_bit")
+_native_operations = _declare("_native", _native_decode, _native_forward)
+declare_native("dequantize_4bit", _native_operations[0], native.supports_dequantize_4bit)
+declare_native("linear_4bit", _native_operations[1], native.supports_linear_4bit)

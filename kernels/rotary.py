@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .dispatch import AUTO, Kernels, declare, dispatch
@@ -22,10 +21,13 @@ def apply_rotary(
 
 
 def _torch_apply_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    half = query.shape[-1] // 2
-    rotated_query = torch.addcmul(query * cos, query.roll(half, -1), sin)
-    rotated_key = torch.addcmul(key * cos, key.roll(half, -1), sin)
-    return rotated_query, rotated_key
+    return _rotated(query, cos, sin), _rotated(key, cos, sin)
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # Both products are rounded before they are added, as transformers does: one fused rounding moves the last bits, and
+    # 8-bit layers make steps of these.
+    return (states * cos).add_(states.roll(states.shape[-1] // 2, -1) * sin)
 
 
 declare("apply_rotary", _torch_apply_rotary, "rotary")

@@ -169,7 +169,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
         model(tokens(0, 1, 4))
     model.set_attn_implementation("sdpa")
     assert model(tokens(0, 1, 4)).logits.shape == (1, 4, 61)
-    assert set(model.kernel_report().values()) == {"torch", "sdpa"}
+    assert set(model.kernel_report().values()) - {"native"} == {"torch", "sdpa"}
 
 
 def test_kernels_at_load(tmp_path: Any) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loadstone.errors import KernelError
-from loadstone.kernels import AUTO, Kernels, support
+from loadstone.kernels import AUTO, Kernels, native, support
 from loadstone.kernels import four_bit as torch_four_bit
 from loadstone.kernels.eight_bit import linear_int8
 from loadstone.kernels.four_bit import dequantize_4bit, linear_4bit
@@ -25,7 +25,12 @@ TRITON, TORCH = Kernels("triton"), Kernels("torch")
 interpreted = pytest.mark.skipif(
     not support.interpreting(), reason="for Triton's interpreter; tests/gpu has the GPU's"
 )  # fmt: skip
-ways = pytest.mark.parametrize("kernels", [TORCH, pytest.param(TRITON, marks=interpreted)], ids=["torch", "triton"])
+compiled = pytest.mark.skipif(native.why_not() is not None, reason=f"compiled code: {native.why_not()}")
+ways = pytest.mark.parametrize(
+    "kernels",
+    [TORCH, pytest.param(TRITON, marks=interpreted), pytest.param(Kernels("native"), marks=compiled)],
+    ids=["torch", "triton", "native"],
+)
 # The interpreter multiplies and rounds bfloat16 wrongly; on a GPU it is tested.
 dtypes = st.sampled_from((torch.float32, torch.float16))
 matrices = st.tuples(st.integers(1, 70), st.one_of(st.integers(1, 150), st.sampled_from((64, 128, 256))))
@@ -250,6 +255,7 @@ def test_triton_refuses_what_it_does_not_compute() -> None:
         linear_4bit(torch.ones(2, 64), *odd, kernels=TRITON)
 
 
-def test_auto_takes_torch_on_a_cpu() -> None:
-    for operation in ("dequantize_4bit", "linear_4bit", "linear_int8"):
-        assert AUTO.chosen(operation, "cpu") == "torch"
+def test_auto_takes_no_triton_on_a_cpu() -> None:
+    assert AUTO.chosen("linear_int8", "cpu") == "torch"
+    for operation in ("dequantize_4bit", "linear_4bit"):
+        assert AUTO.chosen(operation, "cpu") == ("torch" if native.why_not() else "native")
