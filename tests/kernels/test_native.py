@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -137,6 +140,11 @@ def test_gradients_and_compilers():
         assert torch.equal(mine, other)
     whole = torch.compile(lambda x: linear_4bit(x, *parts, shape, bias), fullgraph=True, backend="aot_eager")
     assert torch.equal(whole(x), linear_4bit(x, *parts, shape, bias))
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc"))), reason="no C compiler, without which there is none")
+def test_is_built_where_a_compiler_is():
+    assert (Path(native.__file__).parent / native._LIBRARY).is_file(), "install loadstone again: pip install -e ."
 
 
 def test_where_it_was_not_compiled(monkeypatch, caplog):
