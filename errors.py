@@ -88,6 +88,10 @@ class RemoteCodeRefused(LoadstoneError, ValueError):
     """The checkpoint wants to bring its own code, which was not allowed."""
 
 
+class RemoteCodeError(LoadstoneError, ImportError, ValueError):
+    """A checkpoint's own code, which was allowed, is malformed, incomplete, fails, or does not fit."""
+
+
 class QuantizationError(LoadstoneError, ValueError):
     """A quantization method or its configuration is unknown or unsupported."""
 

@@ -13,7 +13,7 @@ from ..errors import ArgumentError, GenerationError
 from ..models.tokenizer import TextStream, load_tokenizer
 from ..registry import AutoModelForCausalLM
 from .output import Output, print_json
-from .place import memory_of, source_of
+from .place import hub_options, memory_of, source_of
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
@@ -33,6 +33,9 @@ def run(arguments: argparse.Namespace) -> None:
         variant=arguments.variant,
         attn_implementation=arguments.attn,
         kernels=arguments.kernels,
+        trust_remote_code=arguments.trust_remote_code,
+        code_revision=arguments.code_revision,
+        **hub_options(arguments),
     )
     if not ids:  # an empty prompt and a tokenizer that puts nothing before it
         begin = model.generation_config.bos_token_id

@@ -8,10 +8,8 @@ from typing import Any
 from ..loading.report import human, merge_numbers
 from ..models.preview import Preview, preview
 from ..quant.config import BitsAndBytesConfig
-from ..registry import AutoConfig
-from ..registry.table import architecture_of
 from .output import Output, count, print_json
-from .place import memory_of, source_of
+from .place import architecture_at, memory_of, source_of
 
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
           "intermediate_size", "vocab_size", "max_position_embeddings", "sliding_window")  # fmt: skip
@@ -20,7 +18,7 @@ _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_va
 def run(arguments: argparse.Namespace) -> None:
     """Print what was found."""
     source = source_of(arguments)
-    row = architecture_of(AutoConfig.from_pretrained(source))
+    row = architecture_at(source, arguments)
     seen = preview(
         row.model_class(),
         source,
@@ -30,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
         variant=arguments.variant,
         quantization_config=_asked(arguments.quantize),
     )
-    facts = _facts(seen, source.commit, row.model_type, row.origin)
+    facts = _facts(seen, source.commit, seen.config.model_type, row.origin)
     if arguments.json:
         print_json(facts)
     else:

@@ -109,6 +109,7 @@ def _place(command: argparse.ArgumentParser) -> None:
     command.add_argument("--variant", help="as in model.VARIANT.safetensors")
     command.add_argument("--cache-dir", metavar="DIR", help="cache of Hub repositories")
     command.add_argument("--local-files-only", action="store_true", help="use the cache, do not reach for the Hub")
+    _code(command)
     command.add_argument("--dtype", help="float32, bfloat16, ... (default: what config.json says)")
     command.add_argument(
         "--device-map", type=device_map, metavar="MAP", help="a device, auto, balanced, sequential, or a JSON object"
@@ -116,6 +117,12 @@ def _place(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--max-memory", type=memory, nargs="+", metavar="DEVICE=SIZE", help="for --device-map, as in 0=20GiB cpu=60GiB"
     )
+
+
+def _code(command: argparse.ArgumentParser) -> None:
+    """The options that let a repository's own code run."""
+    command.add_argument("--trust-remote-code", action="store_true", help="run the repository's own code, if any")
+    command.add_argument("--code-revision", metavar="REV", help="branch, tag or commit of that code")
 
 
 def _inspect(command: argparse.ArgumentParser) -> None:
@@ -181,6 +188,7 @@ def _quantize(command: argparse.ArgumentParser) -> None:
     command.add_argument("--variant", help="as in model.VARIANT.safetensors, of SRC")
     command.add_argument("--cache-dir", metavar="DIR", help="cache of Hub repositories")
     command.add_argument("--local-files-only", action="store_true", help="use the cache, do not reach for the Hub")
+    _code(command)
 
 
 def _tune(command: argparse.ArgumentParser) -> None:

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..loading.source import Source, resolve_source
+from ..models.configuration import read_config_file
+from ..registry.choice import architecture_for, trust_of
+from ..registry.table import Architecture
 
 DEMO = Path(__file__).parent.parent / "models" / "demo"
 """The embedded model: a checkpoint directory inside the package."""
@@ -28,3 +31,16 @@ def source_of(arguments: argparse.Namespace) -> Source:
 def memory_of(arguments: argparse.Namespace) -> dict[Any, str] | None:
     """``--max-memory`` as a dictionary."""
     return dict(arguments.max_memory) if arguments.max_memory else None
+
+
+def hub_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How the Hub is reached, as keywords; also for code that lies in another repository than the checkpoint."""
+    options = {"cache_dir": arguments.cache_dir, "local_files_only": arguments.local_files_only}
+    return {**options, "revision": arguments.revision}
+
+
+def architecture_at(source: Source, arguments: argparse.Namespace) -> Architecture:
+    """What serves a checkpoint: its repository's own code where ``--trust-remote-code`` says so."""
+    hub = hub_options(arguments)
+    trust = trust_of(arguments.trust_remote_code, arguments.code_revision, hub, arguments.revision)
+    return architecture_for(source, read_config_file(source.require("config.json")), trust)

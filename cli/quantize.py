@@ -14,9 +14,8 @@ from ..loading.source import resolve_source
 from ..models.transcode import Quantized, quantize_checkpoint
 from ..quant.config import BitsAndBytesConfig
 from ..quant.weight_only import WeightOnlyConfig
-from ..registry import AutoConfig
-from ..registry.table import architecture_of
 from .output import Output, print_json
+from .place import architecture_at
 
 _MOST_FILES = 12
 
@@ -30,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
         local_files_only=arguments.local_files_only,
         revision=arguments.revision,
     )
-    model_class = architecture_of(AutoConfig.from_pretrained(source)).model_class()
+    model_class = architecture_at(source, arguments).model_class()
     started = time.perf_counter()
     made = quantize_checkpoint(
         model_class,

@@ -33,8 +33,9 @@ _HERE = -100  # AT_FDCWD
 class Contents:
     """What a directory is to hold: ``write(staging)`` makes the new files, ``stale(name)`` tells which old ones go.
 
-    ``write`` returns the names of its files in the order in which they may appear, in groups; within a group, new
-    names come before names that replace a file. The last one makes the whole valid.
+    Names may have folders (``sub/a.py``); of old files only those at the top are asked about. ``write`` returns the
+    names of its files in the order in which they may appear, in groups; within a group, new names come before names
+    that replace a file. The last one makes the whole valid.
     """
 
     write: Callable[[Path], Sequence[Sequence[str]]]
@@ -187,9 +188,10 @@ def _commit(
         target.mkdir(exist_ok=True)  # the rename is not possible here, or someone else made it meanwhile
     new = {name for group in groups for name in group}
     in_the_way = [name for name in os.listdir(target) if name in new or stale(name)]
+    in_the_way += [name for name in new if "/" in name and os.path.lexists(target / name)]
     if in_the_way and obstacle is None:
         try:
-            _exchange_whole(target, staging, lambda name: name in new or stale(name))
+            _exchange_whole(target, staging, lambda name: name in new or ("/" not in name and stale(name)))
             return
         except _ExchangeImpossible as reason:
             obstacle = str(reason)
@@ -206,6 +208,7 @@ def _move_into(target: Path, staging: Path, groups: Sequence[Sequence[str]], sta
     """Move staged files into the target in order, then remove what is stale."""
     for group in groups:
         for name in sorted(group, key=lambda name: os.path.lexists(target / name)):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / name, target / name)
         sync_directory(target)
     for name in sorted(stale, key=lambda name: "-of-" in name):  # whole files and indices first: they name the others
@@ -248,19 +251,21 @@ def _exchange_whole(target: Path, staging: Path, gone: Callable[[str], bool]) ->
             os.close(old)
 
 
-def _link_tree(source: Path, destination: Path, skip: Callable[[str], bool], budget: list[int]) -> None:
-    """Hard links in ``destination`` to all files below ``source``; ``skip`` is asked for the top level only."""
+def _link_tree(
+    source: Path, destination: Path, skip: Callable[[str], bool], budget: list[int], folder: str = ""
+) -> None:
+    """Hard links in ``destination`` to all files below ``source`` but those that ``skip(name)`` says."""
     with os.scandir(source) as entries:
         for entry in entries:
-            if skip(entry.name):
+            if skip(folder + entry.name):
                 continue
             budget[0] -= 1
             if budget[0] < 0:
                 raise OSError(errno.EMLINK, f"more than {_MOST_KEPT} other files are there")
             if entry.is_dir(follow_symlinks=False):
                 made = destination / entry.name
-                made.mkdir()
-                _link_tree(Path(entry.path), made, lambda _: False, budget)
+                made.mkdir(exist_ok=True)
+                _link_tree(Path(entry.path), made, skip, budget, f"{folder}{entry.name}/")
                 _copy_ownership(Path(entry.path), made)
                 sync_directory(made)
             else:
@@ -288,15 +293,15 @@ def _exchange(first: Path, second: Path) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _bring_late_files(old: Path, new: Path, gone: Callable[[str], bool], top: bool = True) -> None:
+def _bring_late_files(old: Path, new: Path, gone: Callable[[str], bool], folder: str = "") -> None:
     """Move files that someone made or replaced in ``old`` after it was linked over, so that none is lost."""
     with os.scandir(old) as entries:
         for entry in entries:
-            if top and gone(entry.name):
+            if gone(folder + entry.name):
                 continue
             place = new / entry.name
             if entry.is_dir(follow_symlinks=False) and place.is_dir():
-                _bring_late_files(Path(entry.path), place, gone, top=False)
+                _bring_late_files(Path(entry.path), place, gone, f"{folder}{entry.name}/")
             elif not os.path.lexists(place) or not os.path.samestat(entry.stat(follow_symlinks=False), place.lstat()):
                 os.replace(entry.path, place)
 

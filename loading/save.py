@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError, PathError
-from .atomic import Contents, replace_contents
+from .atomic import Contents, replace_contents, sync_directory
 from .source import check_filename
 from .writer import check_writable, start_sync, sync, tensor_bytes, write_safetensors
 
@@ -30,13 +30,14 @@ def save_checkpoint(
     directory: str | os.PathLike[str],
     state_dict: Mapping[str, torch.Tensor],
     *,
-    texts: Mapping[str, str],
+    texts: Mapping[str, str | bytes],
     max_shard_size: int | str = "50GB",
     variant: str | None = None,
     tied: Collection[str] = (),
 ) -> list[str]:
     """Save weights and text files (config.json, ...) to ``directory`` in one step; the names of the files written.
 
+    texts: by name, folders by '/'.
     One ``model.safetensors``, or shards of at most ``max_shard_size`` bytes and an index. Names in ``tied`` are left
     out when another name holds the very same memory. Old weights of the same variant are removed, all else stays.
     A crash or a full disk leaves the old checkpoint whole, also when the tensors are mapped from its files. Needs
@@ -47,8 +48,8 @@ def save_checkpoint(
     limit = parse_size(max_shard_size)
     for name in texts:
         check_filename(name)
-        if "/" in name or names.is_weights(name):
-            raise PathError(f"{name!r} cannot be saved as a text file of the checkpoint's directory")
+        if names.is_weights(name):
+            raise PathError(f"{name!r} cannot be saved as a text file beside the weights of a checkpoint")
     for name, tensor in state_dict.items():
         check_writable(name, tensor)
     kept = without_ties(state_dict, tied)
@@ -60,10 +61,7 @@ def save_checkpoint(
         last: dict[str, str] = {}
         if len(weights) > 1:
             last[names.index] = index_text(weights)
-        for name, text in {**texts, **last}.items():
-            with open(staging / name, "xb") as file:
-                file.write(text.encode())
-                sync(file)
+        write_texts(staging, {**texts, **last})
         # The config is the last of all: without one there is no checkpoint yet.
         parts = list(weights) if last else []
         whole = list(last) or list(weights)
@@ -71,6 +69,18 @@ def save_checkpoint(
 
     written = {*weights, *([names.index] if len(weights) > 1 else [])}
     return replace_contents(directory, Contents(write, lambda name: names.is_weights(name) and name not in written))
+
+
+def write_texts(directory: Path, texts: Mapping[str, str | bytes]) -> None:
+    """Write new files, in UTF-8, and bring them to the disk."""
+    for name, text in texts.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "xb") as file:
+            file.write(text if isinstance(text, bytes) else text.encode())
+            sync(file)
+        if path.parent != directory:
+            sync_directory(path.parent)
 
 
 class WeightNames:

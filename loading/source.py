@@ -142,6 +142,28 @@ def resolve_source(
         raise _not_a_directory(name, path)
     if not isinstance(name_or_path, str) or _only_a_path(name):
         raise _missing_directory(name, path)
+    return hub_source(
+        name,
+        cache_dir=cache_dir,
+        force_download=force_download,
+        local_files_only=local_files_only,
+        token=token,
+        revision=revision,
+        subfolder=subfolder,
+    )
+
+
+def hub_source(
+    name: str,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    subfolder: str = "",
+) -> Source:
+    """Like `resolve_source` for what must be a Hub repository, whatever directories are here."""
     check_repo_id(name)
 
     from .hub import HubOptions, open_repository

@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint
 from .files import Files
 from .plan import Move, Plan
 from .quantize import make_codes, source_of
-from .save import CONFIG_NAME, WeightNames, index_text, parse_size, plan_shards
+from .save import CONFIG_NAME, WeightNames, index_text, parse_size, plan_shards, write_texts
 from .source import check_filename
 from .stream import PIECE, confirm_ties, one_thread_each
 from .writer import header_bytes, pieces_of, sync, tensor_bytes
@@ -43,7 +43,7 @@ class Transcoded(NamedTuple):
 class Beside:
     """What a checkpoint has beside its weights: ``texts`` by name, and ``copies``: name to the file to copy."""
 
-    texts: Mapping[str, str]
+    texts: Mapping[str, str | bytes]
     copies: Mapping[str, Path]
 
 
@@ -69,7 +69,7 @@ def transcode(
     names, limit = WeightNames(variant), parse_size(max_shard_size)
     for name in (*beside.texts, *beside.copies):
         check_filename(name)
-        if "/" in name or names.is_weights(name):
+        if names.is_weights(name):
             raise PathError(f"{name!r} cannot be a file beside the weights of a checkpoint")
     plan.check()
     if plan.to_initialize:
@@ -221,10 +221,7 @@ def _check_made(name: str, planned: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def _write_beside(staging: Path, beside: Beside) -> None:
-    for name, text in beside.texts.items():
-        with open(staging / name, "xb") as file:
-            file.write(text.encode())
-            sync(file)
+    write_texts(staging, beside.texts)
     for name, path in beside.copies.items():
         with open(path, "rb") as source, open(staging / name, "xb") as file:
             shutil.copyfileobj(source, file)

@@ -22,6 +22,7 @@ from . import pretrained, quantized
 from .adapters.methods import AdapterMethods
 from .cache import one_spelling
 from .configuration import PreTrainedConfig
+from .custom_code import check_auto_class
 from .head import why_not_fused
 from .outputs import CausalLMOutputWithPast, keep_positions
 
@@ -48,6 +49,7 @@ class CausalLM(AdapterMethods, nn.Module):
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = []
     _keys_to_ignore_on_load_missing: ClassVar[list[str]] = []
+    _auto_class: ClassVar[str | None] = None
 
     lm_head: nn.Module
     kernels: Kernels = AUTO
@@ -311,6 +313,15 @@ class CausalLM(AdapterMethods, nn.Module):
         """Upload weights, configuration and a model card to the Hub; ``max_shard_size`` and ``variant`` as for
         `save_pretrained`, other keywords as in `loading.upload.push_directory`."""
         return pretrained.push_to_hub(self, repo_id, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
+        """Mark the class so that saving carries its code, and that of what it imports relatively, along.
+
+        auto_class: ``AutoModelForCausalLM`` or its name; it then loads the checkpoint with trust_remote_code=True.
+        Raises ArgumentError for another auto class.
+        """
+        cls._auto_class = check_auto_class(cls, auto_class, "AutoModelForCausalLM")
 
     # Weights
 

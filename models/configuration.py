@@ -42,6 +42,7 @@ class PreTrainedConfig:
     model_type: ClassVar[str] = ""
     attribute_map: ClassVar[dict[str, str]] = {}
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    _auto_class: ClassVar[str | None] = None
 
     architectures: list[str] | None = None
     dtype: torch.dtype | None = None
@@ -250,8 +251,36 @@ class PreTrainedConfig:
             raise ConfigError(f"{type(self).__name__} holds a value that config.json cannot: {error}") from error
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write config.json into the directory, made if need be; an old file stays until the new one is whole."""
-        write_config_file(save_directory, "config.json", self.to_json_string())
+        """Write config.json into the directory, made if need be; an old file stays until the new one is whole.
+
+        The code of a class that is registered for an auto class goes with it.
+        """
+        from .custom_code import carried_code
+
+        files, auto_map = carried_code(self)
+        for name, content in files.items():
+            write_config_file(save_directory, name, content)
+        write_config_file(save_directory, "config.json", self.with_auto_map(auto_map).to_json_string())
+
+    def with_auto_map(self: _Config, auto_map: dict[str, Any] | None) -> _Config:
+        """This configuration, or a copy of it whose ``auto_map`` is another."""
+        if self.__dict__.get("auto_map") == auto_map:
+            return self
+        changed = copy.deepcopy(self)
+        changed.__dict__.pop("auto_map", None)
+        if auto_map is not None:
+            changed.__dict__["auto_map"] = auto_map
+        return changed
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Mark the class so that saving carries its code along, for ``AutoConfig`` with trust_remote_code=True.
+
+        Raises ArgumentError for another auto class.
+        """
+        from .custom_code import check_auto_class
+
+        cls._auto_class = check_auto_class(cls, auto_class, "AutoConfig")
 
     def update(self, config_dict: Mapping[str, Any]) -> None:
         """Set several attributes."""
@@ -295,18 +324,19 @@ def read_config_file(path: Path, *, limit: int = 32 << 20) -> dict[str, Any]:
     return values
 
 
-def write_config_file(directory: str | os.PathLike[str], name: str, text: str) -> None:
-    """Write a text file into a directory, made if need be; an old file stays until the new one is whole.
+def write_config_file(directory: str | os.PathLike[str], name: str, text: str | bytes) -> None:
+    """Write a text file (folders by '/') into a directory, made if need be; an old one stays until the new is whole.
 
     Raises ConfigError if the directory is a file.
     """
     directory = Path(directory)
     if directory.is_file():
         raise ConfigError(f"{directory} is a file; save_pretrained needs a directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    staged = directory / f".{name}.{os.getpid()}"
+    place = directory / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    staged = place.with_name(f".{place.name}.{os.getpid()}")
     try:
-        staged.write_text(text, encoding="utf-8")
-        os.replace(staged, directory / name)
+        staged.write_bytes(text if isinstance(text, bytes) else text.encode())
+        os.replace(staged, place)
     finally:
         staged.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from ..loading.load import load_into
 from ..loading.source import HUB_ARGUMENTS, Source, resolve_source
 from .adapters.source import AdaptedSource, with_base
 from .configuration import PreTrainedConfig
+from .custom_code import carried_code, check_trust
 from .fields import parse_dtype
 from .meta import MetaBuild
 from .quantized import choose_quantizer, default_place, plain_config, quantize_on_meta
@@ -69,6 +70,7 @@ def load_pretrained(
         raise ArgumentError(
             f"{cls.__name__}.from_pretrained takes keyword arguments after the name, got {len(model_args)} more values"
         )
+    check_trust(trust_remote_code)  # of a class that is here: there is nothing to trust
     hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
     for name in _NO_EFFECT:
         kwargs.pop(name, None)
@@ -146,12 +148,15 @@ def _configuration(
             raise _unknown_argument(cls, name)
         config = copy.deepcopy(given)
         config.name_or_path = source.name
+        config._commit_hash = source.commit
         return config
     for name in kwargs:
         if not expected.has_field(name):
             raise _unknown_argument(cls, name)
     if given is None:
-        return expected.from_pretrained(source, **kwargs)
+        config = expected.from_pretrained(source, **kwargs)
+        config._commit_hash = source.commit
+        return config
     return expected.from_pretrained(given, **hub, **{**kwargs, "name_or_path": source.name})
 
 
@@ -205,8 +210,9 @@ def build_from_config(
     """See `AutoModelForCausalLM.from_config`."""
     if not isinstance(config, PreTrainedConfig):
         raise ConfigError(f"from_config takes a configuration object, got {type(config).__name__}")
-    for name in kwargs:
+    for name, value in kwargs.items():
         if name == "trust_remote_code":  # nothing here comes from anywhere else
+            check_trust(value)
             continue
         raise ArgumentError(
             f"from_config got an unknown argument {name!r}{nearest(name, ('dtype', 'attn_implementation', 'kernels'))}"
@@ -276,14 +282,19 @@ def save_pretrained(
         push_directory(save_directory, repo_id, token=token, variant=variant, **push_kwargs)
 
 
-def texts_of(model: CausalLM) -> dict[str, str]:
-    """The text files of a checkpoint, by name."""
+def texts_of(model: CausalLM) -> dict[str, str | bytes]:
+    """The text files of a checkpoint, by name; the code of a class that is registered for an auto class among them."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
     if not model.is_quantized:
         plain_config(config)
-    return {"config.json": config.to_json_string(), "generation_config.json": model.generation_config.to_json_string()}
+    files, auto_map = carried_code(config, model)
+    return {
+        **files,
+        "config.json": config.with_auto_map(auto_map).to_json_string(),
+        "generation_config.json": model.generation_config.to_json_string(),
+    }
 
 
 def push_to_hub(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from ..errors import ArgumentError, ConfigError, RemoteCodeRefused, UnsupportedModelError
+from ..errors import ArgumentError, ConfigError
 from ..loading.collector import collector_paused
 from ..loading.source import HUB_ARGUMENTS, Source, resolve_source
 from . import table
+from .auto_map import CONFIG
+from .choice import Trust, architecture_for, architecture_of_object, trust_of
 
 if TYPE_CHECKING:
     from ..kernels import Kernels
@@ -30,28 +33,24 @@ class AutoConfig:
         """The configuration of a checkpoint.
 
         pretrained_model_name_or_path: a directory, a Hub repository id, or a configuration file. ``cache_dir``,
-            ``force_download``, ``local_files_only``, ``token``, ``revision`` and ``subfolder`` as for
-            `AutoModelForCausalLM.from_pretrained`; other arguments override fields. With
+            ``force_download``, ``local_files_only``, ``token``, ``revision``, ``subfolder``, ``trust_remote_code`` and
+            ``code_revision`` as for `AutoModelForCausalLM.from_pretrained`; other arguments override fields. With
             ``return_unused_kwargs=True`` returns the pair (configuration, arguments that are no fields).
         Raises NotFoundError if there is no config.json, ConfigError if it is malformed, UnsupportedModelError if its
-            model_type is missing or unknown, RemoteCodeRefused if it could only be served by the repository's code.
+            model_type is missing or unknown, RemoteCodeRefused if only the repository's code could serve it, and
+            RemoteCodeError if that is allowed and does not work.
         """
-        from ..models.configuration import PreTrainedConfig, read_config_file
-
-        trust_remote_code = kwargs.pop("trust_remote_code", None)
-        kwargs.pop("code_revision", None)
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-        given = pretrained_model_name_or_path
-        if isinstance(given, (str, os.PathLike)) and os.path.isfile(given):
-            name, path = str(given), given
-            values = PreTrainedConfig.get_config_dict(path)
-        else:
-            source = resolve_source(given, **hub)
-            name = source.name
-            values = read_config_file(source.require("config.json"))
-        row = _row_of_file(name, values, trust_remote_code)
+        trust = trust_of(
+            kwargs.pop("trust_remote_code", None), kwargs.pop("code_revision", None), hub, hub.get("revision")
+        )
+        name, source, values = _read_config(pretrained_model_name_or_path, hub)
+        row = architecture_for(source, values, trust, CONFIG)
         kwargs.setdefault("name_or_path", name)
-        return row.config_class().from_dict(values, **kwargs)
+        made = row.config_class().from_dict(values, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        config._commit_hash = source.commit
+        return made
 
     @classmethod
     def for_model(cls, model_type: str, **kwargs: Any) -> PreTrainedConfig:
@@ -127,8 +126,10 @@ class AutoModelForCausalLM:
         generation_config: instead of the checkpoint's.
         cache_dir, force_download, local_files_only, token, revision, subfolder: for the Hub; configuration and
             weights come from the one commit that ``revision`` names.
-        trust_remote_code: running a repository's code is not available in this version; True changes nothing where
-            a registered class serves the model, and is refused where none does. code_revision: accepted with it.
+        trust_remote_code: only True allows running the code of the repository, whose own classes (``auto_map``) then
+            serve it unless you registered some for its model_type. Otherwise a registered class serves it, and
+            RemoteCodeRefused says what is missing. code_revision: the branch, tag or commit of the code; default: the
+            commit of the configuration, for code of another repository that one's main.
         progress: show a bar (None: on a terminal, when it takes long).
         The model's ``load_report`` says what came from where. On the CPU in the checkpoint's own dtype parameters are
         private copy-on-write mappings of the files: nothing is read until used, and training never changes the files.
@@ -150,8 +151,9 @@ class AutoModelForCausalLM:
             resolve_source(pretrained_model_name_or_path, **hub, token=token, revision=revision, subfolder=subfolder),
             {**hub, "token": token},
         )
+        trust = trust_of(trust_remote_code, code_revision, {**hub, "token": token}, revision)
         with collector_paused():
-            model_class = cls._class_for(source, config, hub, token, trust_remote_code)
+            model_class = _row_for(source, config, {**hub, "token": token}, trust).model_class()
             return model_class.from_pretrained(
                 source,
                 *model_args,
@@ -176,26 +178,22 @@ class AutoModelForCausalLM:
                 **kwargs,
             )
 
-    @staticmethod
-    def _class_for(
-        source: Any, config: Any, hub: dict[str, Any], token: Any, trust_remote_code: bool | None
-    ) -> type[CausalLM]:
-        from ..models.configuration import PreTrainedConfig, read_config_file
-
-        if isinstance(config, PreTrainedConfig):
-            return table.architecture_of(config).model_class()
-        if config is not None:
-            values = PreTrainedConfig.get_config_dict(config, **hub, token=token)
-            return _row_of_file(str(config), values, trust_remote_code).model_class()
-        values = read_config_file(source.require("config.json"))
-        return _row_of_file(source.name, values, trust_remote_code).model_class()
-
     @classmethod
-    def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> CausalLM:
+    def from_config(
+        cls,
+        config: PreTrainedConfig,
+        *,
+        trust_remote_code: bool | None = None,
+        code_revision: str | None = None,
+        **kwargs: Any,
+    ) -> CausalLM:
         """A randomly initialised model of a configuration, in training mode.
 
         dtype (or torch_dtype): default ``config.dtype``, else torch's default. attn_implementation and kernels
             as for `from_pretrained`. The configuration is copied, not changed.
+        trust_remote_code, code_revision: as for `from_pretrained`; the code is that beside the configuration's own
+            class, else of the repository and commit which the configuration was read from (``cache_dir``, ``token``
+            and the like reach it).
         Raises UnsupportedModelError if no registered class serves the configuration, ArgumentError for other keywords.
         """
         from ..models.configuration import PreTrainedConfig
@@ -205,7 +203,9 @@ class AutoModelForCausalLM:
                 f"from_config takes a configuration object, got {type(config).__name__}; "
                 "AutoConfig.from_pretrained(name_or_path) makes one"
             )
-        return table.architecture_of(config).model_class().from_config(config, **kwargs)
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs and trust_remote_code is True}
+        row = architecture_of_object(config, None, trust_of(trust_remote_code, code_revision, hub))
+        return row.model_class().from_config(config, **kwargs)
 
     @staticmethod
     def register(config_class: type[PreTrainedConfig], model_class: type[CausalLM], exist_ok: bool = False) -> None:
@@ -216,35 +216,25 @@ class AutoModelForCausalLM:
         table.register_model(config_class, model_class, exist_ok=exist_ok)
 
 
-def _row_of_file(name: str, values: dict[str, Any], trust_remote_code: bool | None) -> table.Architecture:
-    """The row for a parsed config.json."""
-    model_type = values.get("model_type")
-    auto_map = values.get("auto_map")
-    try:
-        if model_type is None:
-            raise UnsupportedModelError(
-                f"{name}: config.json has no model_type; registered: "
-                f"{', '.join(row.model_type for row in table.list_architectures())}"
-            )
-        return table.lookup(model_type)
-    except UnsupportedModelError as error:
-        if not auto_map:
-            raise UnsupportedModelError(f"{name}: {error}") from None
-        files = sorted({str(ref).rpartition("--")[2].rpartition(".")[0] + ".py" for ref in _references(auto_map)})
-        advice = (
-            "running it is not available in this version, with or without trust_remote_code"
-            if trust_remote_code
-            else "it is not run"
-        )
-        raise RemoteCodeRefused(
-            f"{name} is of type {model_type!r}, which only its own code serves ({', '.join(files)} in the "
-            f"repository: read it there); {advice}. To use it, put the classes in a module of yours and "
-            "loadstone.register(model_type, config_class, model_class)"
-        ) from None
+def _read_config(given: Any, hub: dict[str, Any]) -> tuple[str, Source, dict[str, Any]]:
+    """Name, place and contents of a configuration: a directory's, a repository's, or a file's."""
+    from ..models.configuration import read_config_file
+
+    if isinstance(given, (str, os.PathLike)) and os.path.isfile(given):
+        path = Path(given)
+        return str(given), resolve_source(path.absolute().parent), read_config_file(path)
+    source = resolve_source(given, **hub)
+    return source.name, source, read_config_file(source.require("config.json"))
 
 
-def _references(auto_map: Any) -> list[Any]:
-    return list(auto_map.values()) if isinstance(auto_map, dict) else [auto_map]
+def _row_for(source: Source, config: Any, hub: dict[str, Any], trust: Trust) -> table.Architecture:
+    """The row for a checkpoint whose configuration is ``config``: an object, where to read one, None for its own."""
+    from ..models.configuration import PreTrainedConfig
+
+    if isinstance(config, PreTrainedConfig):
+        return architecture_of_object(config, source, trust)
+    _, place, values = _read_config(source if config is None else config, hub)
+    return architecture_for(place, values, trust)
 
 
 def _refuse_building(instance: object) -> NoReturn:

@@ -7,8 +7,10 @@ that is taken is an error unless ``exist_ok=True``, always.
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from ..models.causal_lm import CausalLM
     from ..models.configuration import PreTrainedConfig
 
+logger = logging.getLogger("loadstone.registry")
 GROUP = "loadstone.architectures"
 _ModelClass = TypeVar("_ModelClass", bound="type[CausalLM]")
 
@@ -68,6 +71,25 @@ _BUILT_IN = {
 _table: dict[str, Architecture] = dict(_BUILT_IN)
 _plugins_read = False
 _lock = threading.RLock()
+_closed = threading.local()
+
+
+@contextmanager
+def closed_to_this_thread() -> Iterator[None]:
+    """While a repository's code runs: it serves its own checkpoint, and may not change what serves others."""
+    before = getattr(_closed, "depth", 0)
+    _closed.depth = before + 1
+    try:
+        yield
+    finally:
+        _closed.depth = before
+
+
+def _left_out(model_type: str) -> bool:
+    if not getattr(_closed, "depth", 0):
+        return False
+    logger.info("A repository's code registers %r: left out, its auto_map says what it serves", model_type)
+    return True
 
 
 def register(
@@ -79,6 +101,8 @@ def register(
     Raises RegistrationError if the classes do not fit, or the type is taken and ``exist_ok`` is false.
     """
     _check(model_type, config, model)
+    if _left_out(model_type):
+        return
     origin = (model or config).__module__
     with _lock:
         taken = _table.get(model_type)
@@ -106,6 +130,8 @@ def register_model(config: type[PreTrainedConfig], model: type[CausalLM], exist_
         raise RegistrationError(f"register takes classes, got {config!r}")
     model_type = getattr(config, "model_type", "")
     _check(model_type, config, model)
+    if _left_out(model_type):
+        return
     with _lock:
         row = _table.get(model_type)
         if row is None or row.config_class() is not config:
@@ -156,7 +182,7 @@ def lookup(model_type: str) -> Architecture:
         known = sorted(_table)
     if row is None:
         raise UnsupportedModelError(
-            f"model_type {model_type!r} is not registered{nearest(model_type, known)} "
+            f"model_type {model_type!r} is not registered{nearest(model_type, known) or ';'} "
             f"registered: {', '.join(known)}; "
             "loadstone.register(model_type, config_class, model_class) adds an architecture, as does a package with "
             f"an entry point in {GROUP!r}"

@@ -210,7 +210,7 @@ def test_bad_tensor_names(tmp_path: Path, name: str) -> None:
         save_checkpoint(tmp_path / "m", {name: torch.zeros(1)}, texts=TEXTS)
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "/x", "", "model.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize("name", ["../x", "a//b", "/x", "", "model.safetensors", "model.safetensors.index.json"])
 def test_bad_text_names(tmp_path: Path, name: str) -> None:
     with pytest.raises(PathError):
         save_checkpoint(tmp_path / "m", {"a": torch.zeros(1)}, texts={name: "x"})

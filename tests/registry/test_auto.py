@@ -200,7 +200,7 @@ def test_null_quantization_is_none(llama: Path) -> None:
 def test_remote_code_is_not_needed_for_known_types(llama: Path) -> None:
     auto_map = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "org/repo--modeling_x.XForCausalLM"}
     (llama / "config.json").write_text(json.dumps(tiny.values("llama", auto_map=auto_map)))
-    for trust in (None, False, True):
+    for trust in (None, False):
         assert type(AutoModelForCausalLM.from_pretrained(llama, trust_remote_code=trust)) is LlamaForCausalLM
 
 
