@@ -29,6 +29,10 @@ class IntegrityError(CheckpointError):
     """Files of one checkpoint contradict each other."""
 
 
+class ReadError(CheckpointError):
+    """The disk, or the network to it, failed while weights were read; ``errno`` is the system's."""
+
+
 class PathError(CheckpointError):
     """A path is not a regular file inside the checkpoint."""
 

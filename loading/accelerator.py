@@ -1,4 +1,4 @@
-"""Weights sent to an accelerator: pinned buffers in a ring and a side stream, so that reading overlaps copying."""
+"""Weights sent to accelerators: the source dtype travels, casts and codes are made on the device."""
 
 from __future__ import annotations
 
@@ -6,126 +6,90 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .arena import DONTNEED, POPULATE_READ, advise
 from .files import Files
 from .plan import Move
-from .quantize import make_codes, source_of
+from .quantize import make_codes
+from .ring import SLOT, Ring
+from .workers import Watch
 
-SLOT = 32 << 20  # bytes of one pinned buffer
-SLOTS = 4
-_ALIGNMENT = 256
+_STAGES = 3  # loads on the device at a time: one arrives, one waits, one is taken apart
 
 
-def send(moves: Sequence[Move], files: Files, watch: Callable[[int], None] | None) -> dict[str, torch.Tensor]:
-    """Tensors of the moves on their devices. The source dtype travels; casts and codes are made on the device."""
-    by_device: dict[torch.device, list[Move]] = {}
-    for move in moves:
-        by_device.setdefault(move.device, []).append(move)
+def send(moves: Sequence[Move], files: Files, watch: Watch | None) -> dict[str, torch.Tensor]:
+    """Tensors of the moves on their devices."""
+    cuda = [move for move in moves if move.device.type == "cuda"]
+    plain = [move for move in moves if move.device.type != "cuda"]
     tensors: dict[str, torch.Tensor] = {}
-    for device, group in by_device.items():
-        if device.type == "cuda":
-            tensors.update(_send_cuda(group, device, files, watch))
-        else:
-            tensors.update(_send_plain(group, device, files, watch))
+    if cuda:
+        largest = min(SLOT, max(-(-sum(move.entry.nbytes for move in cuda) // 4096) * 4096, 4096))
+        lanes = {device: CudaLane(device, largest) for device in dict.fromkeys(move.device for move in cuda)}
+        tensors.update(Ring(files, lanes, _pinned, watch).send(cuda))
+    if plain:
+        tensors.update(_send_plain(plain, files, watch))
     return tensors
 
 
-def _send_plain(
-    moves: Sequence[Move], device: torch.device, files: Files, watch: Callable[[int], None] | None
-) -> dict[str, torch.Tensor]:
+class CudaLane:
+    """Copies on a side stream, everything else on the caller's: all memory is the caller's, and used again by it.
+
+    Loads arrive in a few places on the device in turn; a place is written again only after the caller's stream has
+    taken out what it held.
+    """
+
+    def __init__(self, device: torch.device, largest: int) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._caller, self._side = torch.cuda.current_stream(), torch.cuda.Stream()
+            self._places = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(_STAGES)]
+            self._done: list[torch.cuda.Event | None] = [None] * _STAGES
+            self._side.wait_stream(self._caller)  # the places may be memory that it still uses
+        self._turn = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Memory of the device, of the caller's stream, which alone writes it."""
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
+    def carry(self, octets: torch.Tensor, unpack: Callable[[torch.Tensor], None]) -> Callable[[], None]:
+        """See `ring.Lane`."""
+        with torch.cuda.device(self._device):
+            turn = self._turn
+            place, done = self._places[turn][: octets.numel()], self._done[turn]
+            with torch.cuda.stream(self._side):
+                if done is not None:
+                    self._side.wait_event(done)
+                place.copy_(octets, non_blocking=True)
+                arrived = torch.cuda.Event(blocking=True)
+                arrived.record(self._side)
+            with torch.cuda.stream(self._caller):
+                self._caller.wait_event(arrived)
+                unpack(place)
+                self._done[turn] = event = torch.cuda.Event()
+                event.record(self._caller)
+            self._turn = (turn + 1) % _STAGES
+        return arrived.synchronize
+
+    def finish(self) -> None:
+        """See `ring.Lane`."""
+        self._side.synchronize()
+        self._caller.wait_stream(self._side)
+
+
+def _pinned(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
+def _send_plain(moves: Sequence[Move], files: Files, watch: Watch | None) -> dict[str, torch.Tensor]:
+    """One tensor after the other, for devices without pinned memory and streams of their own."""
     tensors = {}
-    for move in moves:
-        arrived = source_of(move.entry, files).to(device)
+    for move in files.in_order(moves):
+        files.ahead(move.entry)
+        source = files.bring(move.entry, 0, move.entry.nbytes // move.entry.dtype.itemsize)
+        arrived = source.view(move.entry.shape).to(move.device, copy=True)
         if move.packing is not None:
             tensors.update(make_codes(move, arrived))
         else:
             tensors[move.target] = arrived.to(move.dtype)
+        files.leave(source, move.entry)
         if watch is not None:
             watch(move.entry.nbytes)
     return tensors
-
-
-def _send_cuda(
-    moves: Sequence[Move], device: torch.device, files: Files, watch: Callable[[int], None] | None
-) -> dict[str, torch.Tensor]:
-    with torch.cuda.device(device):
-        caller = torch.cuda.current_stream()
-        side = torch.cuda.Stream()
-        largest = max(move.entry.nbytes for move in moves)
-        ring = Ring(side, min(SLOT, -(-largest // _ALIGNMENT) * _ALIGNMENT))
-        tensors = {}
-        side.wait_stream(caller)
-        for move in moves:
-            if move.packing is not None:
-                tensors.update(_packed_there(move, device, ring, caller, side, files))
-                if watch is not None:
-                    watch(move.entry.nbytes)
-                continue
-            result = torch.empty(move.entry.shape, dtype=move.dtype, device=device)
-            result.record_stream(side)
-            with torch.cuda.stream(side):
-                arrived = (
-                    result
-                    if move.entry.dtype == move.dtype
-                    else torch.empty(move.entry.shape, dtype=move.entry.dtype, device=device)
-                )
-                ring.copy(move, arrived, files)
-                if arrived is not result:
-                    result.copy_(arrived)
-            tensors[move.target] = result
-            if watch is not None:
-                watch(move.entry.nbytes)
-        caller.wait_stream(side)
-        side.synchronize()  # the pinned buffers are freed when we return
-    return tensors
-
-
-def _packed_there(
-    move: Move, device: torch.device, ring: Ring, caller: torch.cuda.Stream, side: torch.cuda.Stream, files: Files
-) -> dict[str, torch.Tensor]:
-    """Codes made on the side stream. It owns the memory of the tensor they are made of, which the next one reuses."""
-    with torch.cuda.stream(side):
-        arrived = torch.empty(move.entry.shape, dtype=move.entry.dtype, device=device)
-        ring.copy(move, arrived, files)
-        made = make_codes(move, arrived)
-    for part in made.values():
-        if part.is_cuda:
-            part.record_stream(caller)
-    return made
-
-
-class Ring:
-    """Pinned buffers used in turn; one is written again only after the device has taken what it held."""
-
-    def __init__(self, side: torch.cuda.Stream, size: int) -> None:
-        self._side = side
-        self._buffers = [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(SLOTS)]
-        self._taken: list[torch.cuda.Event | None] = [None] * SLOTS
-        self._turn, self._used, self._size = 0, 0, size
-
-    def copy(self, move: Move, target: torch.Tensor, files: Files) -> None:
-        """Copy a tensor's bytes to ``target``, of the same dtype, on the side stream."""
-        out = target.view(-1).view(torch.uint8)
-        base, position = move.entry.offset, 0
-        while position < move.entry.nbytes:
-            buffer = self._room()
-            count = min(buffer.numel(), move.entry.nbytes - position)
-            source = files.octets(move.entry.file, base + position, base + position + count)
-            advise(source, POPULATE_READ, inside=False)
-            buffer[:count].copy_(source)
-            advise(source, DONTNEED, inside=True)
-            out[position : position + count].copy_(buffer[:count], non_blocking=True)
-            self._used += -(-count // _ALIGNMENT) * _ALIGNMENT
-            position += count
-
-    def _room(self) -> torch.Tensor:
-        """The free rest of the current buffer, or the next buffer once it is free."""
-        if self._used >= self._size:
-            event = torch.cuda.Event()
-            event.record(self._side)
-            self._taken[self._turn] = event
-            self._turn, self._used = (self._turn + 1) % SLOTS, 0
-            waiting = self._taken[self._turn]
-            if waiting is not None:
-                waiting.synchronize()
-        return self._buffers[self._turn][self._used :]

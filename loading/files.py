@@ -1,24 +1,64 @@
-"""A checkpoint's files mapped into memory, and its tensors as views of them."""
+"""A checkpoint's files while it is loaded: mapped into memory, or read from end to end, and its tensors in them."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import IntegrityError
+from ..errors import IntegrityError, ReadError
+from .arena import DONTNEED, FAULT, POPULATE_READ, advise
 from .checkpoint import Checkpoint
 from .disk import map_file
 from .header import TensorEntry
+from .reading import AHEAD, Reader
+
+if TYPE_CHECKING:
+    from .plan import Move
 
 
 class Files:
-    """Private mappings of a checkpoint's files, made when first needed."""
+    """The bytes of a checkpoint's tensors, and what the system is told about them.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    ``mapped``: views and casts come from private mappings, made when first needed. Without it no file is mapped, and
+    every tensor is read into memory of its own. `close` lets go of what was opened to be read; mappings live as long
+    as their tensors.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, mapped: bool = True) -> None:
+        self.mapped = mapped
+        self.reader = Reader(checkpoint)
+        self._checkpoint = checkpoint
         self._stamps = checkpoint.stamps
         self._storages: dict[Path, torch.UntypedStorage] = {}
         self._empty: dict[torch.dtype, torch.Tensor] = {}
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files that were opened to be read."""
+        self.reader.close()
+
+    def in_order(self, moves: Sequence[Move]) -> Iterator[Move]:
+        """The moves in the order in which their files can be had, each as soon as its file is there."""
+        return iter(moves)
+
+    def abandon(self) -> None:
+        """Wake whoever waits for a file that is still to come: the load has failed."""
+
+    def maps(self, entry: TensorEntry) -> bool:
+        """Whether a tensor's bytes come from a mapping: this may be done, and its place in the file suits its dtype."""
+        return self.mapped and entry.offset % entry.dtype.itemsize == 0
 
     def raw(self, file: Path, begin: int, end: int) -> torch.UntypedStorage:
         """Bytes of a file as a storage of their own, so that saving a tensor on it does not save the whole file."""
@@ -36,17 +76,48 @@ class Files:
         return self._on(self.raw(entry.file, entry.offset, entry.offset + entry.nbytes), entry.dtype, entry.shape)
 
     def flat(self, entry: TensorEntry, begin: int, end: int) -> torch.Tensor:
-        """Elements ``begin`` to ``end``; a copy if the file does not align them."""
+        """Elements ``begin`` to ``end``, in the file's mapping if that aligns them, else in memory of their own."""
         size = entry.dtype.itemsize
-        start = entry.offset + begin * size
-        raw = self.raw(entry.file, start, entry.offset + end * size)
-        if start % size == 0:
-            return self._on(raw, entry.dtype, (end - begin,))
-        return self._on(raw, torch.uint8, (raw.nbytes(),)).clone().view(entry.dtype)
+        if self.maps(entry):
+            start = entry.offset + begin * size
+            return self._on(self.raw(entry.file, start, entry.offset + end * size), entry.dtype, (end - begin,))
+        return self.read(entry, begin, torch.empty(end - begin, dtype=entry.dtype, device="cpu"))
 
     def octets(self, file: Path, begin: int, end: int) -> torch.Tensor:
-        """Bytes of a file, as uint8."""
+        """Bytes of a mapped file, as uint8."""
         return self._on(self.raw(file, begin, end), torch.uint8, (end - begin,))
+
+    def read(self, entry: TensorEntry, begin: int, target: torch.Tensor) -> torch.Tensor:
+        """Fill a contiguous CPU tensor of the same dtype with the elements from ``begin`` on; returns it.
+
+        Raises IntegrityError if the file has changed or ends early, ReadError if the system cannot read it.
+        """
+        self.reader.into(target, entry.file, entry.offset + begin * entry.dtype.itemsize)
+        return target
+
+    def bring(self, entry: TensorEntry, begin: int, end: int) -> torch.Tensor:
+        """`flat`, with the bytes in memory, so that touching them neither waits nor fails."""
+        found = self.flat(entry, begin, end)
+        if self.maps(entry):
+            self._populate(found, entry, begin)
+        return found
+
+    def leave(self, found: torch.Tensor, entry: TensorEntry) -> None:
+        """What `flat` or `bring` gave is not needed again: its pages leave this process, not the page cache."""
+        if self.maps(entry):
+            advise(found, DONTNEED, inside=True)
+
+    def ahead(self, entry: TensorEntry, begin: int = 0) -> None:
+        """Ask the disk for what follows element ``begin`` of a tensor, in this file."""
+        start = entry.offset + begin * entry.dtype.itemsize
+        self.reader.ahead(entry.file, start, min(start + AHEAD, self._stamps[entry.file].size))
+
+    def _populate(self, found: torch.Tensor, entry: TensorEntry, begin: int) -> None:
+        """Bring mapped pages in. Where the system says that touching them would be a SIGBUS, reading them says why."""
+        if advise(found, POPULATE_READ, inside=False) in FAULT:
+            self.read(entry, begin, torch.empty_like(found))
+            if (code := advise(found, POPULATE_READ, inside=False)) in FAULT:
+                raise ReadError(f"{entry.file} can be read, but its mapping cannot ({os.strerror(code)}); load again")
 
     def _on(self, storage: torch.UntypedStorage, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         empty = self._empty.get(dtype)

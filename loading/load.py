@@ -16,7 +16,7 @@ from .initialize import check_buffers, initialize_missing, recompute_buffers
 from .plan import Plan, make_plan
 from .progress import Progress
 from .report import LoadReport
-from .stream import Streamed, stream
+from .stream import Streamed, Way, choose_way, stream
 from .tree import Tree
 
 logger = logging.getLogger("loadstone.loading")
@@ -39,6 +39,7 @@ def load_into(
     strict: bool = False,
     initialize: Callable[[nn.Module], None] | None = None,
     progress: bool | None = None,
+    disable_mmap: bool | None = None,
 ) -> LoadReport:
     """Load ``checkpoint`` into ``model``, which is on meta with every weight already of its final dtype.
 
@@ -48,10 +49,12 @@ def load_into(
     ``ties`` maps each tied weight to its source; ``ignore_unexpected`` and ``ignore_missing`` are regexes of names not
     to report; ``initialize(module)`` initialises one module's own weights; modules with non-persistent buffers have
     ``reset_buffers(device)``. Whatever does not fit is logged as a warning, or raised with ``strict``.
+    ``disable_mmap``: True reads the files instead of mapping them; None does so where a mapping would be slow.
 
     Raises, before any weight is read: DeviceMapError, ShapeMismatchError, MissingWeightsError, UnexpectedWeightsError,
-    FormatError, IntegrityError, InitializationError, QuantizationError (which quantizing raises too). If anything
-    raises, the model is as it was before the call.
+    FormatError, IntegrityError, InitializationError, QuantizationError (which quantizing raises too). While they are
+    read: IntegrityError for a file that changes or is cut, ReadError for a disk that fails. If anything raises, an
+    interrupt too, the model is as it was before the call.
     """
     started = time.perf_counter()
     plan = make_plan(
@@ -67,12 +70,13 @@ def load_into(
         ignore_missing=ignore_missing,
     )
     plan.check(strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    way = choose_way(plan, disable_mmap)
     if plan.tree.packed:
         from .quantize import check_packed
 
-        check_packed(plan, checkpoint)
+        check_packed(plan, checkpoint, mapped=way.mapped)
     try:
-        streamed = _execute(model, plan, checkpoint, initialize, progress)
+        streamed = _execute(model, plan, checkpoint, way, initialize, progress)
         if plan.placement.given:
             model.hf_device_map = plan.placement.as_hf()  # type: ignore[assignment]
         if _needs_dispatch(plan):
@@ -80,7 +84,7 @@ def load_into(
     except BaseException:
         _restore(model, plan.tree)
         raise
-    report = _report(plan, checkpoint, streamed, time.perf_counter() - started)
+    report = _report(plan, checkpoint, streamed, way, time.perf_counter() - started)
     if not report.fits:
         logger.warning("%s", report)
     return report
@@ -90,6 +94,7 @@ def _execute(
     model: nn.Module,
     plan: Plan,
     checkpoint: Checkpoint,
+    way: Way,
     initialize: Callable[[nn.Module], None] | None,
     progress: bool | None,
 ) -> Streamed:
@@ -99,9 +104,10 @@ def _execute(
     check_buffers(plan.tree)
     values = initialize_missing(model, plan.tree, plan.to_initialize, plan.placement, initialize)
     values.update(recompute_buffers(plan.tree, plan.placement))
-    copied = sum(move.entry.nbytes for move in plan.moves if move.transform in ("cast", "copy", "quantize"))
+    untouched = ("map", "none") if way.mapped else ("none",)
+    copied = sum(move.entry.nbytes for move in plan.moves if move.transform not in untouched)
     with Progress(copied, progress, plan.model_class) as bar:
-        streamed = stream(plan, checkpoint, bar if bar.watching else None)
+        streamed = stream(plan, checkpoint, bar if bar.watching else None, way)
     values.update(streamed.tensors)
     _assign(plan.tree, values, streamed.tied)
     for layer in plan.tree.packed.values():
@@ -152,7 +158,7 @@ def _restore(model: nn.Module, tree: Tree) -> None:
     model.__dict__.pop("hf_device_map", None)
 
 
-def _report(plan: Plan, checkpoint: Checkpoint, streamed: Streamed, seconds: float) -> LoadReport:
+def _report(plan: Plan, checkpoint: Checkpoint, streamed: Streamed, way: Way, seconds: float) -> LoadReport:
     return LoadReport(
         name=checkpoint.name,
         model_class=plan.model_class,
@@ -167,6 +173,7 @@ def _report(plan: Plan, checkpoint: Checkpoint, streamed: Streamed, seconds: flo
         bytes_copied=streamed.bytes_copied,
         bytes_quantized=streamed.bytes_quantized,
         bytes_packed=plan.bytes_quantized()[1] if streamed.bytes_quantized else 0,
+        not_mapped=way.reason if streamed.bytes_copied else None,
         seconds=seconds,
         device_map=plan.placement.as_hf() if plan.placement.given else None,
     )

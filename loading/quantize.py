@@ -12,24 +12,23 @@ from typing import Any
 import torch
 
 from ..errors import QuantizationError
-from .arena import DONTNEED, POPULATE_READ, WILLNEED, Populator, advise, allocate
+from .arena import Populator, allocate
 from .checkpoint import Checkpoint
 from .files import Files
 from .header import TensorEntry
 from .plan import Move, Plan
-from .stream import Watch, one_thread_each, run_all, threads_for
 from .tree import Tree
+from .workers import Watch, one_thread_each, run_all, threads_for
 
-_AHEAD = 2  # tensors that the system is asked to read before their turn
 _WORTH_A_THREAD = 4 << 20  # bytes
 
 
-def check_packed(plan: Plan, checkpoint: Checkpoint) -> None:
+def check_packed(plan: Plan, checkpoint: Checkpoint, *, mapped: bool = True) -> None:
     """QuantizationError for packed layers whose tensors in the checkpoint do not fit each other.
 
     Reads what the layers name in ``read_first``: scales and descriptions, not the codes.
     """
-    files = Files(checkpoint)
+    files = Files(checkpoint, mapped=mapped)
     found: dict[int, dict[str, torch.Tensor]] = {id(layer): {} for layer in plan.tree.packed.values()}
     for move in plan.moves:
         slot = plan.tree.weights[move.target]
@@ -83,28 +82,24 @@ def quantize_on_cpu(moves: Sequence[Move], tree: Tree, files: Files, watch: Watc
     populate = Populator()
 
     def jobs() -> Iterator[Move]:
-        for number, move in enumerate(moves):
-            if number + _AHEAD < len(moves):
-                ahead = moves[number + _AHEAD].entry
-                advise(files.octets(ahead.file, ahead.offset, ahead.offset + ahead.nbytes), WILLNEED, inside=False)
+        for move in files.in_order(moves):
+            files.ahead(move.entry)
             yield move
 
     def do(move: Move) -> int:
         entry = move.entry
-        octets = files.octets(entry.file, entry.offset, entry.offset + entry.nbytes)
-        advise(octets, POPULATE_READ, inside=False)
-        for name, part in make_codes(move, source_of(entry, files)).items():
+        source = files.bring(entry, 0, entry.nbytes // entry.dtype.itemsize)
+        for name, part in make_codes(move, source.view(entry.shape)).items():
             place = room[name]
             if place.shape == part.shape and place.dtype == part.dtype:
                 populate(place)
                 part = place.copy_(part)
             tensors[name] = part
-        advise(octets, DONTNEED, inside=True)
+        files.leave(source, entry)
         return entry.nbytes
 
-    for path in dict.fromkeys(move.entry.file for move in moves):
-        files.raw(path, 0, 0)  # map here: workers only look it up
     work = sum(move.entry.nbytes for move in moves)
     with one_thread_each():
-        run_all(jobs(), do, threads=threads_for(min(len(moves), -(-work // _WORTH_A_THREAD))), watch=watch)
+        threads = threads_for(min(len(moves), -(-work // _WORTH_A_THREAD)))
+        run_all(jobs(), do, threads=threads, watch=watch, abandon=files.abandon)
     return tensors

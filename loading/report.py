@@ -20,7 +20,7 @@ class LoadReport:
 
     ``mismatched`` holds (name, checkpoint shape, model shape); ``tied`` maps each tied weight to the one it shares;
     ``bytes_mapped`` were mapped without being read, ``bytes_copied`` cast or copied, ``bytes_quantized`` made into
-    codes and scales of ``bytes_packed``.
+    codes and scales of ``bytes_packed``. ``not_mapped``: why files were read where they could have been mapped.
     """
 
     name: str
@@ -36,6 +36,7 @@ class LoadReport:
     bytes_copied: int = 0
     bytes_quantized: int = 0
     bytes_packed: int = 0
+    not_mapped: str | None = None
     seconds: float = 0.0
     device_map: dict[str, int | str] | None = None
 
@@ -74,6 +75,7 @@ class LoadReport:
             "bytes_copied": self.bytes_copied,
             "bytes_quantized": self.bytes_quantized,
             "bytes_packed": self.bytes_packed,
+            "not_mapped": self.not_mapped,
             "seconds": self.seconds,
             "gb_per_second": self.gb_per_second,
             "device_map": self.device_map,
@@ -89,7 +91,8 @@ class LoadReport:
             f"{self.model_class} from {self.name}: {self.loaded} tensors, {human(self.bytes_total)} "
             f"({', '.join(how) or 'nothing to load'}) in {self.seconds:.3f} s{speed}"
         )
-        rows = [("tied", f"{target} = {source}") for target, source in self.tied.items()]
+        rows = [("read, not mapped", self.not_mapped)] if self.not_mapped else []
+        rows += [("tied", f"{target} = {source}") for target, source in self.tied.items()]
         rows += [("MISSING, initialised", name) for name in merge_numbers(self.missing)]
         rows += [("UNEXPECTED, left out", name) for name in merge_numbers(self.unexpected)]
         shapes = [f"{name}: {found} in the checkpoint, {wanted} here" for name, found, wanted in self.mismatched]

@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import CheckpointError, IntegrityError, MissingWeightsError, PathError, QuantizationError
-from .arena import DONTNEED, POPULATE_READ, advise
 from .atomic import Contents, replace_contents
 from .checkpoint import Checkpoint
 from .files import Files
 from .plan import Move, Plan
-from .quantize import make_codes, source_of
+from .quantize import make_codes
 from .save import CONFIG_NAME, WeightNames, index_text, parse_size, plan_shards, write_texts
 from .source import check_filename
-from .stream import PIECE, confirm_ties, one_thread_each
+from .stream import PIECE, confirm_ties
+from .workers import one_thread_each
 from .writer import header_bytes, pieces_of, sync, tensor_bytes
 
 _METADATA = {"format": "pt"}
@@ -139,10 +139,10 @@ class _Work:
             watch(self.plain[self.holder[name]].entry.nbytes)
             return
         if name not in self._made:
-            octets = self._octets(move)
-            advise(octets, POPULATE_READ, inside=False)
-            self._made |= make_codes(move, source_of(move.entry, self.files))
-            advise(octets, DONTNEED, inside=True)
+            entry = move.entry
+            source = self.files.bring(entry, 0, entry.nbytes // entry.dtype.itemsize)
+            self._made |= make_codes(move, source.view(entry.shape))
+            self.files.leave(source, entry)
             watch(move.entry.nbytes)
         yield self._made.pop(name)
 
@@ -150,12 +150,9 @@ class _Work:
         count = move.entry.nbytes // move.entry.dtype.itemsize
         step = PIECE // move.entry.dtype.itemsize
         for begin in range(0, count, step):
-            yield self.files.flat(move.entry, begin, min(begin + step, count)).to(move.dtype)
-        advise(self._octets(move), DONTNEED, inside=True)
-
-    def _octets(self, move: Move) -> torch.Tensor:
-        entry = move.entry
-        return self.files.octets(entry.file, entry.offset, entry.offset + entry.nbytes)
+            source = self.files.bring(move.entry, begin, min(begin + step, count))
+            yield source.to(move.dtype)
+            self.files.leave(source, move.entry)
 
 
 def _packed(plan: Plan) -> Iterator[tuple[str, Any]]:

@@ -36,7 +36,7 @@ _Model = TypeVar("_Model", bound="CausalLM")
 _LOAD_ARGUMENTS = (
     "config", "dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation", "kernels",
     "quantization_config", "variant", "use_safetensors", "key_mapping", "ignore_mismatched_sizes", "strict",
-    "output_loading_info", "generation_config", "trust_remote_code", "code_revision", "progress",
+    "output_loading_info", "generation_config", "trust_remote_code", "code_revision", "progress", "disable_mmap",
 )  # fmt: skip
 _NO_EFFECT = ("low_cpu_mem_usage",)  # what it asked for is how loading works
 
@@ -63,6 +63,7 @@ def load_pretrained(
     trust_remote_code: bool | None = None,
     code_revision: str | None = None,
     progress: bool | None = None,
+    disable_mmap: bool | None = None,
     **kwargs: Any,
 ) -> Any:
     """See `AutoModelForCausalLM.from_pretrained`."""
@@ -97,6 +98,7 @@ def load_pretrained(
         strict=strict,
         initialize=model._init_weights,
         progress=progress,
+        disable_mmap=disable_mmap,
         **declarations(model),
     )
     if quantizer is not None:

@@ -98,6 +98,7 @@ class AutoModelForCausalLM:
         trust_remote_code: bool | None = None,
         code_revision: str | None = None,
         progress: bool | None = None,
+        disable_mmap: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load a checkpoint into the class its model_type is registered with; returns it in evaluation mode.
@@ -131,6 +132,8 @@ class AutoModelForCausalLM:
             RemoteCodeRefused says what is missing. code_revision: the branch, tag or commit of the code; default: the
             commit of the configuration, for code of another repository that one's main.
         progress: show a bar (None: on a terminal, when it takes long).
+        disable_mmap: True reads the weights from end to end into memory of their own instead of mapping the files;
+            None does so on network and FUSE file systems, where the report says it; False never.
         The model's ``load_report`` says what came from where. On the CPU in the checkpoint's own dtype parameters are
         private copy-on-write mappings of the files: nothing is read until used, and training never changes the files.
         Raises NotFoundError, OfflineError or GatedError where files cannot be had; ConfigError and
@@ -175,6 +178,7 @@ class AutoModelForCausalLM:
                 trust_remote_code=trust_remote_code,
                 code_revision=code_revision,
                 progress=progress,
+                disable_mmap=disable_mmap,
                 **kwargs,
             )
 

@@ -62,6 +62,16 @@ def meta(dtype: torch.dtype = torch.float32, kind: type[nn.Module] = Toy) -> Any
     return model
 
 
+def quantized(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """The model without weights, its linear layers packed as `BitsAndBytesConfig` says, but for the head."""
+    from loadstone import BitsAndBytesConfig
+    from loadstone.quant.registry import find_quantizer
+
+    model = meta(dtype)
+    find_quantizer("toy", None, BitsAndBytesConfig(**options, llm_int8_skip_modules=["lm_head"])).replace(model)
+    return model
+
+
 def weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Random weights under the model's names."""
     generator = torch.Generator().manual_seed(seed)

@@ -12,8 +12,8 @@ import torch
 import toy
 from torch import nn
 
+from loadstone.loading import files, progress
 from loadstone.loading import load as load_module
-from loadstone.loading import progress, stream
 from loadstone.loading.report import LoadReport, human, merge_numbers
 
 
@@ -92,7 +92,7 @@ def test_no_half_built_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wh
         raise KeyboardInterrupt if "interrupted" in where else OSError(28, "injected")
 
     if "interrupted" in where:
-        monkeypatch.setattr(stream, "advise", fail)
+        monkeypatch.setattr(files, "advise", fail)
     elif where == "_assign":
         real = load_module._assign
         monkeypatch.setattr(load_module, "_assign", lambda *given: (real(*given), fail()))

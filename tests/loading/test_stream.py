@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from loadstone.errors import IntegrityError
-from loadstone.loading import arena, stream
+from loadstone.loading import arena, fill, workers
 from loadstone.loading.load import load_into
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -84,8 +84,8 @@ def test_pieces_cover_all(tmp_path: Path, piece: int, threads: int, dtype: torch
     tensors = {f"t{number}": torch.randn(number * 37 + 1).to(dtype) for number in range(8)}
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "PIECE", piece * target.itemsize)
-        patch.setattr(stream, "_cores", lambda: threads)
+        patch.setattr(fill, "PIECE", piece * target.itemsize)
+        patch.setattr(workers, "cores", lambda: threads)
         model = Bag(tensors, target)
         load_into(model, toy.opened(tmp_path))
     assert all(torch.equal(getattr(model, name), tensor.to(target)) for name, tensor in tensors.items())
@@ -234,9 +234,9 @@ def test_a_failure_in_a_helper_thread_is_raised_here() -> None:
         return 1
 
     with pytest.raises(ZeroDivisionError, match="five"):
-        stream.run_all(iter(range(1000)), do, threads=3, watch=None)  # type: ignore[arg-type]
+        workers.run_all(iter(range(1000)), do, threads=3, watch=None)  # type: ignore[arg-type]
     done: list[int] = []
-    stream.run_all(iter(range(100)), lambda job: 1, threads=3, watch=done.append)  # type: ignore[arg-type]
+    workers.run_all(iter(range(100)), lambda job: 1, threads=3, watch=done.append)  # type: ignore[arg-type]
     assert sum(done) == 100
 
 
