@@ -13,7 +13,10 @@ from setuptools.command.build_ext import build_ext
 
 # Loaded through ctypes: no Python or torch headers. Without a compiler the torch form takes its place.
 LIBRARY = Extension(
-    "loadstone.kernels.native.four_bit", ["kernels/native/four_bit.c"], extra_compile_args=["-O3"], optional=True
+    "loadstone.kernels.native.four_bit",
+    ["kernels/native/four_bit.c"],
+    extra_compile_args=["-O3", "-ffp-contract=off"],
+    optional=True,
 )
 
 

@@ -65,7 +65,13 @@ def dequantize_4bit(
     """
     dtype = dtype or state.dtype
     return kernel.dequantize_4bit(
-        packed_bytes(packed, state), state.scales(), state.code, state.blocksize, state.shape, dtype, kernels=kernels
+        packed_bytes(packed, state),
+        state.scales(kernels),
+        state.code,
+        state.blocksize,
+        state.shape,
+        dtype,
+        kernels=kernels,
     )
 
 

@@ -107,7 +107,7 @@ class Linear4bit(PackedLinear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         packed = packed_bytes(self.weight, state)
         out = linear_4bit(
-            x, packed, state.scales(), state.code, state.blocksize, state.shape, bias, kernels=self.kernels
+            x, packed, state.scales(self.kernels), state.code, state.blocksize, state.shape, bias, kernels=self.kernels
         )
         return out.to(input.dtype)
 

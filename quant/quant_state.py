@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from ..kernels import AUTO, Kernels
+from ..kernels.scales import dequantize_absmax
 from .codebooks import QUANT_TYPES, codebook
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -62,13 +64,13 @@ class QuantState:
         tensors = [self.absmax, self.code, *((self.nested.absmax, self.nested.code) if self.nested else ())]
         return sum(tensor.nbytes for tensor in tensors)
 
-    def scales(self) -> Tensor:
+    def scales(self, kernels: Kernels = AUTO) -> Tensor:
         """The scale of each block, (blocks,) fp32; ``absmax`` itself unless it is nested."""
-        if self.nested is None:
+        if (nested := self.nested) is None:
             return self.absmax
-        nested, count = self.nested, self.absmax.numel()
-        each = nested.absmax.repeat_interleave(nested.blocksize)[:count]
-        return (nested.code[self.absmax.int()] * each).add_(nested.offset)
+        return dequantize_absmax(
+            self.absmax, nested.absmax, nested.code, nested.offset, nested.blocksize, kernels=kernels
+        )
 
     def to(self, device: torch.device | str) -> QuantState:
         """This state with its tensors on ``device``."""

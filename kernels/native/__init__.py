@@ -18,6 +18,7 @@ logger = logging.getLogger("loadstone.kernels")
 MOST_ROWS, MOST_ROWS_OF_PAIRS = 16, 128  # beyond which it is faster to decode the weight and multiply as always
 _LIBRARY = "four_bit.shared.so"  # as setup.py names it
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SCALES_FOR_THREADS = 1 << 14
 _WIDTH = 32  # numbers that the loop takes at a time
 
 
@@ -88,6 +89,25 @@ def _why_not_4bit(dtype: torch.dtype, blocksize: int) -> str | None:
     if dtype not in _DTYPES:
         return f"it is for fp32, bf16 and fp16, not {dtype}"
     return None if blocksize % _WIDTH == 0 else f"blocks of {blocksize} numbers are no multiple of {_WIDTH}"
+
+
+def supports_dequantize_absmax(
+    codes: Tensor, absmax: Tensor, code: Tensor, offset: float, blocksize: int
+) -> str | None:
+    """Why compiled code does not decode these scales: it decodes all."""
+    return None
+
+
+def dequantize_absmax(codes: Tensor, absmax: Tensor, code: Tensor, offset: float, blocksize: int) -> Tensor:
+    """Scales from their codes; see `loadstone.kernels.scales`."""
+    out = torch.empty(codes.shape)
+    threads = torch.get_num_threads() if codes.numel() >= _SCALES_FOR_THREADS else 1
+    _library().loadstone_dequantize_absmax(
+        *_addresses([codes.contiguous(), absmax.contiguous(), code.contiguous(), out]),
+        ctypes.c_float(offset),
+        *_numbers(codes.numel(), blocksize, threads),
+    )
+    return out
 
 
 def takes_rows(rows: int, dtype: torch.dtype, blocksize: int, width: int) -> bool:

@@ -29,8 +29,9 @@ typedef struct {
   const float *absmax;  /* (outputs, width / blocksize) */
   const float *code;    /* (16,) */
   float *y;             /* (rows, outputs) */
-  void *out;            /* of decoding: (outputs,) numbers of ``dtype`` */
+  void *out;            /* of decoding: (outputs,) numbers of ``dtype``, or scales */
   long rows, outputs, width, blocksize, dtype;
+  float offset;
   int (*thread)(void), (*threads)(void);
 } Work;
 
@@ -101,6 +102,25 @@ AVX512 static void decode_between(const Work *w, long first, long last) {
       if (k < end) _mm512_storeu_si512(single, both);
       for (; k < end; k++) out[k] = single[k % 2 ? w->codes[k / 2] & 15 : w->codes[k / 2] >> 4];
     }
+  }
+}
+
+/* Scales that are quantized themselves: a table of 256 numbers, a scale for each block of them, an offset for all. */
+AVX512 static void scales_between(const Work *w, long first, long last) {
+  const __m512 offset = _mm512_set1_ps(w->offset);
+  float *out = w->out;
+  for (long k = first; k < last; k += 16) {
+    const __mmask16 real = last - k < 16 ? (__mmask16)((1u << (last - k)) - 1) : 0xFFFF;
+    const __m512i places = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(real, w->codes + k));
+    const __m512 numbers = _mm512_mask_i32gather_ps(offset, real, places, w->code, 4);
+    float each[16];
+    if (k / w->blocksize == (k + 15) / w->blocksize) {
+      const __m512 product = _mm512_mul_ps(numbers, _mm512_set1_ps(w->absmax[k / w->blocksize]));
+      _mm512_mask_storeu_ps(out + k, real, _mm512_add_ps(product, offset));
+      continue;
+    }
+    for (long i = k; i < last && i < k + 16; i++) each[i - k] = w->absmax[i / w->blocksize];
+    _mm512_mask_storeu_ps(out + k, real, _mm512_add_ps(_mm512_mul_ps(numbers, _mm512_maskz_loadu_ps(real, each)), offset));
   }
 }
 
@@ -290,6 +310,13 @@ static void share_of_numbers(void *data) {
   decode_between(w, w->blocksize * (blocks * me / all), last < w->outputs ? last : w->outputs);
 }
 
+static void share_of_scales(void *data) {
+  const Work *w = data;
+  const long me = w->thread(), all = w->threads(), parts = (w->outputs + 15) / 16;
+  const long last = 16 * (parts * (me + 1) / all);
+  scales_between(w, 16 * (parts * me / all), last < w->outputs ? last : w->outputs);
+}
+
 static int only_one(void) { return 1; }
 static int the_first(void) { return 0; }
 
@@ -308,14 +335,20 @@ static void in_threads(void (*share)(void *), Work *work, long threads) {
 
 void loadstone_linear_4bit(const void *x, const uint8_t *codes, const float *absmax, const float *code, float *y,
                            long rows, long outputs, long width, long blocksize, long dtype, long pairs, long threads) {
-  Work work = {x, codes, absmax, code, y, 0, rows, outputs, width, blocksize, dtype, 0, 0};
+  Work work = {x, codes, absmax, code, y, 0, rows, outputs, width, blocksize, dtype, 0, 0, 0};
   in_threads(pairs ? share_of_pairs : share_of_outputs, &work, threads);
 }
 
 void loadstone_dequantize_4bit(const uint8_t *codes, const float *absmax, const float *code, void *out, long count,
                                long blocksize, long dtype, long threads) {
-  Work work = {0, codes, absmax, code, 0, out, 0, count, 0, blocksize, dtype, 0, 0};
+  Work work = {0, codes, absmax, code, 0, out, 0, count, 0, blocksize, dtype, 0, 0, 0};
   in_threads(share_of_numbers, &work, threads);
+}
+
+void loadstone_dequantize_absmax(const uint8_t *codes, const float *absmax, const float *code, float *out, float offset,
+                                 long count, long blocksize, long threads) {
+  Work work = {0, codes, absmax, code, 0, out, 0, count, 0, blocksize, FP32, offset, 0, 0};
+  in_threads(share_of_scales, &work, threads);
 }
 #else
 int loadstone_native(void) { return 0; }

@@ -260,8 +260,10 @@ FAMILIES["flash, dropout"] = Family(lambda dtype: _flash(dtype, 64, dropout=0.1)
 
 def _four_bit(dtype: torch.dtype) -> None:
     """A 4-bit weight decoded, and multiplied with one row and with as many as one product takes."""
-    from loadstone.kernels.fused import four_bit
+    from loadstone.kernels.fused import four_bit, scales
 
+    table, nested = torch.empty(256, dtype=FP32), torch.empty(3584, dtype=FP32)
+    scales.dequantize_absmax(torch.empty(917504, dtype=torch.uint8), nested, table, 0.5, 256)
     for shape in ([4096, 14336], [1024, 4096]):
         count = shape[0] * shape[1]
         packed, code = torch.empty(count // 2, dtype=torch.uint8), torch.empty(16, dtype=FP32)
