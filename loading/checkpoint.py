@@ -95,24 +95,24 @@ class Checkpoint:
 def open_checkpoint(source: Source, *, variant: str | None = None, use_safetensors: bool | None = None) -> Checkpoint:
     """Read the headers of a checkpoint: ``model.safetensors``, else the shards of ``model.safetensors.index.json``.
 
-    With ``variant="fp16"`` the names are ``model.fp16.safetensors`` and ``model.safetensors.index.fp16.json``.
+    With ``variant="fp16"`` the names are ``model.fp16.safetensors`` and ``model.safetensors.index.fp16.json``. With
+    ``use_safetensors=False`` it is ``pytorch_model.bin`` or its shards: see `pickled.open_pickled`.
 
     Raises NotFoundError (no weights at all), MissingWeightsError (shards missing, all named), UnsafeFormatError
-    (weights only in a format that can run code, or ``use_safetensors=False``), IntegrityError (files contradict the
+    (weights only in a format that can run code), IntegrityError (files contradict the
     index or each other), FormatError and PathError. No weight byte is read.
     """
-    if use_safetensors is False:
-        raise UnsafeFormatError(
-            "use_safetensors=False asks for pickled weights, which can run code when they are opened and are not "
-            "read by this version; convert them to safetensors (save_pretrained of transformers does)"
-        )
     if variant is not None and not (type(variant) is str and _VARIANT.fullmatch(variant)):
         raise ArgumentError(f"variant must be a word such as 'fp16', not {variant!r}")
-    single = _with_variant(SINGLE, variant)
+    if use_safetensors is False:
+        from .pickled import open_pickled
+
+        return open_pickled(source, variant)
+    single = with_variant(SINGLE, variant)
     path = source.find(single)
     if path is not None:
         return Checkpoint.from_headers(source.name, [read_header(path)])
-    index_name = _with_variant(INDEX, variant)
+    index_name = with_variant(INDEX, variant)
     path = source.find(index_name)
     if path is None:
         raise _no_weights(source, variant, (single, index_name))
@@ -120,7 +120,8 @@ def open_checkpoint(source: Source, *, variant: str | None = None, use_safetenso
     return Checkpoint.from_headers(source.name, [read_header(shard) for shard in source.fetch(index.shards)], index)
 
 
-def _with_variant(filename: str, variant: str | None) -> str:
+def with_variant(filename: str, variant: str | None) -> str:
+    """``model.safetensors`` → ``model.fp16.safetensors``."""
     if variant is None:
         return filename
     stem, dot, ending = filename.rpartition(".")
@@ -180,8 +181,9 @@ def _no_weights(source: Source, variant: str | None, wanted: Sequence[str]) -> E
     if unsafe:
         return UnsafeFormatError(
             f"{place} has weights only as {', '.join(repr(name) for name in unsafe[:_SHOWN])} (looked for {looked}). "
-            "Such files can run code when they are opened, so loadstone does not open them; convert them once where "
-            "that is safe: load them with transformers and call save_pretrained, which writes safetensors"
+            "Such files can run code where they are opened in the usual way, so loadstone reads them only on request: "
+            "pass use_safetensors=False (nothing in them is run), or make safetensors of them once with "
+            "`loadstone convert SRC DST`"
         )
     single = [name for name in names if name.endswith(".safetensors")]
     hint = f"; rename {single[0]!r} to {wanted[0]!r} if that is the model" if len(single) == 1 else ""

@@ -58,7 +58,7 @@ class Files:
 
     def maps(self, entry: TensorEntry) -> bool:
         """Whether a tensor's bytes come from a mapping: this may be done, and its place in the file suits its dtype."""
-        return self.mapped and entry.offset % entry.dtype.itemsize == 0
+        return self.mapped and entry.values is None and entry.offset % entry.dtype.itemsize == 0
 
     def raw(self, file: Path, begin: int, end: int) -> torch.UntypedStorage:
         """Bytes of a file as a storage of their own, so that saving a tensor on it does not save the whole file."""
@@ -76,7 +76,10 @@ class Files:
         return self._on(self.raw(entry.file, entry.offset, entry.offset + entry.nbytes), entry.dtype, entry.shape)
 
     def flat(self, entry: TensorEntry, begin: int, end: int) -> torch.Tensor:
-        """Elements ``begin`` to ``end``, in the file's mapping if that aligns them, else in memory of their own."""
+        """Elements ``begin`` to ``end``, in the file's mapping if that aligns them, else in memory of their own, or
+        where the entry's own `Values` have them."""
+        if entry.values is not None:
+            return entry.values.part(entry, self, begin, end)
         size = entry.dtype.itemsize
         if self.maps(entry):
             start = entry.offset + begin * size

@@ -11,12 +11,15 @@ import math
 import os
 import stat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ..errors import FormatError, NotFoundError, PathError
 from .strict_json import parse_json
+
+if TYPE_CHECKING:
+    from .values import Values
 
 MAX_HEADER = 100_000_000
 MAX_NAME = 512
@@ -51,7 +54,10 @@ _SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
 
 
 class TensorEntry(NamedTuple):
-    """One tensor of a checkpoint: ``nbytes`` bytes at ``offset`` of ``file`` (counted from the file's start)."""
+    """One tensor of a checkpoint: ``nbytes`` bytes at ``offset`` of ``file`` (counted from the file's start).
+
+    With ``values`` they are not its bytes there: ``offset`` is -1, and ``nbytes`` what the tensor takes once made.
+    """
 
     name: str
     dtype: torch.dtype
@@ -59,6 +65,7 @@ class TensorEntry(NamedTuple):
     file: Path
     offset: int
     nbytes: int
+    values: Values | None = None
 
 
 class FileStamp(NamedTuple):

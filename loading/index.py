@@ -30,11 +30,11 @@ class Index(NamedTuple):
         return size if type(size) is int else None
 
 
-def read_index(file: str | os.PathLike[str]) -> Index:
-    """Read and check an index.
+def read_index(file: str | os.PathLike[str], *, ending: str = ".safetensors") -> Index:
+    """Read and check an index of shards whose names have this ending.
 
     Raises FormatError (not JSON, wrong types, over 64 MiB), PathError (a shard outside the checkpoint) or
-    UnsafeFormatError (a shard that is not safetensors). A missing ``metadata`` is fine.
+    UnsafeFormatError (a shard of another ending). A missing ``metadata`` is fine.
     """
     path = Path(file)
     content = _content(path)
@@ -49,7 +49,7 @@ def read_index(file: str | os.PathLike[str]) -> Index:
             raise FormatError(f"{path}: weight_map[{name!r}] must be a file name, not {_kind(shard)}")
     shards = tuple(sorted(set(weight_map.values())))
     for shard in shards:
-        _check_shard(shard, path)
+        _check_shard(shard, path, ending)
     metadata = content.get("metadata")
     return Index(path, weight_map, shards, metadata if type(metadata) is dict else {})
 
@@ -72,15 +72,14 @@ def _content(path: Path) -> Any:
         raise FormatError(f"{path} is not a valid JSON index: {error}") from error
 
 
-def _check_shard(shard: str, path: Path) -> None:
+def _check_shard(shard: str, path: Path, ending: str) -> None:
     try:
         check_filename(shard)
     except PathError as error:
         raise PathError(f"{path}: weight_map names the shard {shard!r}, which is not inside the checkpoint") from error
-    if not shard.endswith(".safetensors"):
-        raise UnsafeFormatError(
-            f"{path}: weight_map names {shard!r}; only .safetensors shards are read, as other formats can run code"
-        )
+    if not shard.endswith(ending):
+        reason = ", as other formats can run code" if ending == ".safetensors" else ""
+        raise UnsafeFormatError(f"{path}: weight_map names {shard!r}; only {ending} shards are read{reason}")
 
 
 def _kind(value: Any) -> str:

@@ -265,6 +265,8 @@ def _moves(
         elif entry.dtype != dtype:
             _check_cast(entry, name, dtype)
             transform = "cast"
+        elif entry.values is not None:
+            transform = "map" if entry.values.home == device else "copy"
         else:
             transform = "map" if device.type == "cpu" and entry.offset % dtype.itemsize == 0 else "copy"
         moves.append(Move(name, entry, device, dtype, transform, packing))

@@ -48,10 +48,11 @@ def choose_way(plan: Plan, disable_mmap: bool | None) -> Way:
     """
     if disable_mmap is not None:
         return Way(False, "disable_mmap=True") if disable_mmap else MAPPED
-    kind = far_file_system({move.entry.file: None for move in plan.moves if move.transform != "none"})
+    in_files = [move for move in plan.moves if move.transform != "none" and move.entry.values is None]
+    kind = far_file_system({move.entry.file: None for move in in_files})
     if kind is None:
         return MAPPED
-    needed = sum(move.nbytes for move in plan.moves if move.transform == "map")
+    needed = sum(move.nbytes for move in in_files if move.transform == "map")
     free = free_memory()
     if free is not None and needed > free:
         logger.warning(
@@ -72,9 +73,11 @@ def stream(plan: Plan, checkpoint: Checkpoint, watch: Watch | None = None, way: 
     """
     with Files(checkpoint, mapped=way.mapped) as files:
         tied, dropped = confirm_ties(plan, files)
-        moves = [move for move in plan.moves if move.target not in dropped] if dropped else plan.moves
+        moves = [move for move in plan.moves if move.target not in dropped and move.entry.values is None]
         groups = _grouped(moves, way)
         tensors = _fresh(groups.filled, files, watch, way)
+        made = _made([move for move in plan.moves if move.target not in dropped and move.entry.values], files, watch)
+        tensors.update(made.tensors)
         if groups.packed:
             from .quantize import quantize_on_cpu
 
@@ -92,8 +95,23 @@ def stream(plan: Plan, checkpoint: Checkpoint, watch: Watch | None = None, way: 
         )
     quantized = sum(move.entry.nbytes for move in moves if move.transform == "quantize")
     mapped = sum(move.entry.nbytes for move in groups.mapped)
-    total = sum(move.entry.nbytes for move in moves if move.transform != "none")
-    return Streamed(tensors, {**plan.tied, **tied}, mapped, total - mapped - quantized, quantized)
+    copied = sum(move.entry.nbytes for move in moves if move.transform != "none") - mapped - quantized
+    return Streamed(
+        tensors,
+        {**plan.tied, **tied},
+        mapped + made.bytes_mapped,
+        copied + made.bytes_copied,
+        quantized + made.bytes_quantized,
+    )
+
+
+def _made(moves: Sequence[Move], files: Files, watch: Watch | None) -> Streamed:
+    """What does not lie in the files as it is."""
+    if not moves:
+        return Streamed({}, {}, 0, 0)
+    from .bring import bring
+
+    return bring(moves, files, watch)
 
 
 class _Groups(NamedTuple):
@@ -151,6 +169,10 @@ def _equal(one: Move, other: Move, files: Files) -> bool:
     """Whether two weights will be equal once loaded; pages are read as needed and let go."""
     if one.entry.shape != other.entry.shape or one.dtype != other.dtype:
         return False
+    if one.entry.values is not None or other.entry.values is not None:
+        from .bring import equal
+
+        return equal(one, other, files)
     count = one.entry.nbytes // one.entry.dtype.itemsize
     step = PIECE // one.dtype.itemsize
     for begin in range(0, count, step):

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from ..errors import ArgumentError, ConfigError, nearest
 from ..kernels import Kernels, check_attention
-from ..loading.checkpoint import Checkpoint, open_checkpoint
+from ..loading.checkpoint import Checkpoint
 from ..loading.load import load_into
-from ..loading.source import HUB_ARGUMENTS, Source, resolve_source
-from .adapters.source import AdaptedSource, with_base
+from ..loading.source import HUB_ARGUMENTS, Source
+from .adapters.source import AdaptedSource
 from .configuration import PreTrainedConfig
 from .custom_code import carried_code, check_trust
 from .fields import parse_dtype
 from .meta import MetaBuild
+from .origin import Origin
 from .quantized import choose_quantizer, default_place, plain_config, quantize_on_meta
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("loadstone.models")
 _Model = TypeVar("_Model", bound="CausalLM")
 _LOAD_ARGUMENTS = (
-    "config", "dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation", "kernels",
+    "config", "dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation", "kernels", "state_dict",
     "quantization_config", "variant", "use_safetensors", "key_mapping", "ignore_mismatched_sizes", "strict",
     "output_loading_info", "generation_config", "trust_remote_code", "code_revision", "progress", "disable_mmap",
 )  # fmt: skip
@@ -43,7 +44,7 @@ _NO_EFFECT = ("low_cpu_mem_usage",)  # what it asked for is how loading works
 
 def load_pretrained(
     cls: type[CausalLM],
-    name_or_path: str | os.PathLike[str] | Source,
+    name_or_path: str | os.PathLike[str] | Source | None,
     *model_args: Any,
     config: PreTrainedConfig | str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
@@ -55,6 +56,7 @@ def load_pretrained(
     quantization_config: Any = None,
     variant: str | None = None,
     use_safetensors: bool | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
     key_mapping: Mapping[str, str] | None = None,
     ignore_mismatched_sizes: bool = False,
     strict: bool = False,
@@ -75,11 +77,12 @@ def load_pretrained(
     hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
     for name in _NO_EFFECT:
         kwargs.pop(name, None)
-    source = with_base(resolve_source(name_or_path, **hub), hub)
+    origin = Origin(variant, use_safetensors, state_dict)
+    source = origin.source(name_or_path, hub, config)
     config = _configuration(cls, source, config, kwargs, hub)
     selection = _choose(config, attn_implementation, kernels)
     quantizer = choose_quantizer(source.name, config, quantization_config)
-    checkpoint = open_checkpoint(source, variant=variant, use_safetensors=use_safetensors)
+    checkpoint = origin.checkpoint(source)
     config.dtype = choose_dtype(dtype if dtype is not None else torch_dtype, config, checkpoint)
     generation_config = generation_config_of(generation_config, source, config)
 

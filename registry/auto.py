@@ -72,7 +72,7 @@ class AutoModelForCausalLM:
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str] | Source,
+        pretrained_model_name_or_path: str | os.PathLike[str] | Source | None,
         *model_args: Any,
         config: PreTrainedConfig | str | os.PathLike[str] | None = None,
         dtype: torch.dtype | str | None = None,
@@ -84,6 +84,7 @@ class AutoModelForCausalLM:
         quantization_config: Any = None,
         variant: str | None = None,
         use_safetensors: bool | None = None,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
         key_mapping: Mapping[str, str] | None = None,
         ignore_mismatched_sizes: bool = False,
         strict: bool = False,
@@ -119,7 +120,10 @@ class AutoModelForCausalLM:
         quantization_config: a `BitsAndBytesConfig`, or of another registered method, or its dictionary: weights of
             linear layers are quantized as they come, one by one. A checkpoint that is quantized already keeps its own.
             bitsandbytes' methods go to the current GPU, if there is one, when no device_map is given.
-        variant: load ``model.<variant>.safetensors``. use_safetensors: False is refused, pickles are not read.
+        variant: load ``model.<variant>.safetensors``. use_safetensors: False reads ``pytorch_model.bin`` or its
+            shards instead; what a pickle asks to run is refused, never run.
+        state_dict: the weights, instead of the checkpoint's; tensors that fit as they are become the model's own,
+            without a copy. With ``config=`` the first argument can be None.
         key_mapping: {regular expression: replacement}, applied to the checkpoint's keys.
         ignore_mismatched_sizes: initialise parameters whose shapes differ instead of raising. strict: raise if
             anything is missing or unexpected, instead of initialising and reporting it.
@@ -143,17 +147,15 @@ class AutoModelForCausalLM:
             do not fit; ArgumentError (a TypeError) for an unknown keyword. All before a byte of weights is read, but
             for numbers that have no code (infinities, NaN); no half-built model is left.
         """
-        from ..models.adapters.source import with_base
+        from ..models.origin import Origin
 
         hub: dict[str, Any] = {
             "cache_dir": cache_dir,
             "force_download": force_download,
             "local_files_only": local_files_only,
         }
-        source = with_base(
-            resolve_source(pretrained_model_name_or_path, **hub, token=token, revision=revision, subfolder=subfolder),
-            {**hub, "token": token},
-        )
+        where = {**hub, "token": token, "revision": revision, "subfolder": subfolder}
+        source = Origin(variant, use_safetensors, state_dict).source(pretrained_model_name_or_path, where, config)
         trust = trust_of(trust_remote_code, code_revision, {**hub, "token": token}, revision)
         with collector_paused():
             model_class = _row_for(source, config, {**hub, "token": token}, trust).model_class()
@@ -170,6 +172,7 @@ class AutoModelForCausalLM:
                 quantization_config=quantization_config,
                 variant=variant,
                 use_safetensors=use_safetensors,
+                state_dict=state_dict,
                 key_mapping=key_mapping,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 strict=strict,

@@ -1,0 +1,114 @@
+"""Moves of tensors whose values do not lie in a file as they are: shared, decoded, cast, sent and quantized.
+
+Each is made in pieces, straight into its destination; to be quantized it is put together whole, one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .arena import Populator, allocate
+
+if TYPE_CHECKING:
+    from .files import Files
+    from .plan import Move
+    from .stream import Streamed
+    from .workers import Watch
+
+_PIECE = 1 << 20  # bytes; what is freed of larger ones the system's allocator would keep
+
+
+def bring(moves: Sequence[Move], files: Files, watch: Watch | None) -> Streamed:
+    """The tensors of moves whose entries have `Values`, by model name; bytes are those of where they came from."""
+    from .quantize import make_codes
+    from .stream import Streamed
+
+    tensors: dict[str, torch.Tensor] = {}
+    mapped = copied = quantized = 0
+    on_cpu = []
+    for move in moves:
+        values = move.entry.values
+        assert values is not None
+        if move.transform == "map":
+            tensors[move.target] = values.ready(move.entry, files)
+            mapped += values.stored
+        elif move.transform == "quantize":
+            assert move.packing is not None
+            whole = assemble(move, files, move.packing.recipe.dtype)
+            tensors.update(make_codes(move, whole))
+            quantized += values.stored
+        elif move.transform != "none":
+            copied += values.stored
+            if move.device.type == "cpu":
+                on_cpu.append(move)
+                continue
+            tensors[move.target] = assemble(move, files, move.dtype)
+        if watch is not None and move.transform in ("cast", "copy", "quantize"):
+            watch(move.entry.nbytes)
+    if on_cpu:
+        tensors.update(_fill(on_cpu, files, watch))
+    return Streamed(tensors, {}, mapped, copied, quantized)
+
+
+def assemble(move: Move, files: Files, dtype: torch.dtype) -> torch.Tensor:
+    """The whole tensor on the move's device in ``dtype``, made in pieces."""
+    whole = torch.empty(move.entry.shape, dtype=dtype, device=move.device)
+    flat = whole.view(-1)
+    for begin, end in pieces_of(move, dtype.itemsize):
+        flat[begin:end].copy_(files.flat(move.entry, begin, end))
+    return whole
+
+
+def pieces_of(move: Move, itemsize: int) -> Iterator[tuple[int, int]]:
+    """Ranges of elements, each of about 1 MiB before or after a cast, that its values can be made in."""
+    entry = move.entry
+    assert entry.values is not None
+    count, grain = entry.nbytes // entry.dtype.itemsize, entry.values.grain
+    step = max(grain, _PIECE // max(itemsize, entry.dtype.itemsize) // grain * grain)
+    for begin in range(0, count, step):
+        yield begin, min(begin + step, count)
+
+
+def equal(one: Move, other: Move, files: Files) -> bool:
+    """Whether two weights, of which one at least has `Values`, will be equal once loaded."""
+    if one.entry.shape != other.entry.shape or one.dtype != other.dtype:
+        return False
+    first, second = one.entry.values, other.entry.values
+    if first is not None and second is not None and first.home is not None and first.home == second.home:
+        left, right = first.ready(one.entry, files), second.ready(other.entry, files)
+        if left.data_ptr() == right.data_ptr() and left.stride() == right.stride() and left.dtype == right.dtype:
+            return True
+    guide = one if first is not None else other
+    for begin, end in pieces_of(guide, one.dtype.itemsize):
+        left, right = files.flat(one.entry, begin, end), files.flat(other.entry, begin, end)
+        if not torch.equal(left.to(one.dtype), right.to(left.device, one.dtype)):
+            return False
+    return True
+
+
+def _fill(moves: Sequence[Move], files: Files, watch: Watch | None) -> dict[str, torch.Tensor]:
+    """Fresh CPU tensors, filled in pieces by a few threads."""
+    from .workers import one_thread_each, run_all, threads_for
+
+    fresh = allocate([(move.entry.shape, move.dtype) for move in moves])
+    populate = Populator()
+
+    def jobs() -> Iterator[tuple[Move, torch.Tensor, int, int]]:
+        for move, tensor in zip(moves, fresh, strict=True):
+            for begin, end in pieces_of(move, move.dtype.itemsize):
+                yield move, tensor.view(-1), begin, end
+
+    def fill(job: tuple[Move, torch.Tensor, int, int]) -> int:
+        move, flat, begin, end = job
+        target = flat[begin:end]
+        populate(target)
+        target.copy_(files.flat(move.entry, begin, end))
+        return (end - begin) * move.entry.dtype.itemsize
+
+    work = sum(tensor.nbytes for tensor in fresh)
+    with one_thread_each():
+        run_all(jobs(), fill, threads=threads_for(-(-work // (16 * _PIECE))), watch=watch, abandon=files.abandon)
+    return {move.target: tensor for move, tensor in zip(moves, fresh, strict=True)}
