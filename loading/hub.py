@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import GatedError, HubError, NotFoundError, OfflineError, RepoIdError
+from .proxies import Proxies, through
 from .source import Source, check_filename, missing_weights
+from .verify import check_hash
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_COMMIT, _SHORT = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{7,39}")
 _DOWNLOADS = 8
 _T = TypeVar("_T")
 
@@ -32,6 +34,8 @@ class HubOptions:
     local_files_only: bool = False
     token: str | bool | None = field(default=None, repr=False)
     subfolder: str = ""
+    proxies: Proxies = field(default=(), repr=False)
+    verify: bool = False
 
     def inside(self, filename: str) -> str:
         return f"{self.subfolder}/{filename}" if self.subfolder else filename
@@ -121,7 +125,8 @@ class HubSource(Source):
                 raise ConnectionError
             from huggingface_hub import HfApi
 
-            names = HfApi().list_repo_files(self.name, revision=self.commit, token=self.options.token)
+            with through(self.options.proxies):
+                names = HfApi().list_repo_files(self.name, revision=self.commit, token=self.options.token)
         except Exception:  # only for messages: what the cache holds will do
             return self._cached_listing()
         prefix = self.options.inside("")
@@ -137,14 +142,20 @@ class HubSource(Source):
         if not options.force_download or self._memory.online is False:
             known = options.cached(self.name, filename, commit)
             if known is not None:
-                return known if isinstance(known, Path) else None
+                return self._verified(filename, known) if isinstance(known, Path) else None
             if not self._reachable(filename):
                 return None
         with_context = f"{options.inside(filename)!r} of {self.describe()}"
         try:
-            return translated(lambda: options.download(self.name, filename, commit), with_context, options)
+            path = translated(lambda: options.download(self.name, filename, commit), with_context, options)
         except EntryMissing:
             return None
+        return self._verified(filename, path)
+
+    def _verified(self, filename: str, path: Path) -> Path:
+        if self.options.verify:
+            check_hash(path, f"{self.options.inside(filename)!r} of {self.describe()}")
+        return path
 
     def _reachable(self, filename: str) -> bool:
         """Whether to ask the Hub: with files cached, a dead Hub must cost one quick request, not long back-offs."""
@@ -199,10 +210,11 @@ def open_repository(repo_id: str, revision: str | None, options: HubOptions) -> 
         commit = missing.commit or _ask_commit(repo_id, revision, options)
         memory.files[CONFIG_NAME], memory.online = None, True
         return HubSource(repo_id, commit, options, memory)
-    memory.files[CONFIG_NAME] = path
     if path != before:
         memory.online = True
-    return HubSource(repo_id, _commit_of(path), options, memory)
+    source = HubSource(repo_id, _commit_of(path), options, memory)
+    memory.files[CONFIG_NAME] = source._verified(CONFIG_NAME, path)
+    return source
 
 
 def _commit_of(path: Path) -> str:
@@ -219,10 +231,13 @@ def _ask_commit(repo_id: str, revision: str, options: HubOptions) -> str:
     from huggingface_hub import HfApi
 
     what = f"repository {repo_id!r} at revision {revision!r}"
-    info = translated(lambda: HfApi().model_info(repo_id, revision=revision, token=options.token), what, options)
-    if not info.sha:
+    try:
+        info = translated(lambda: HfApi().model_info(repo_id, revision=revision, token=options.token), what, options)
+    except (KeyError, TypeError, AttributeError) as error:  # the client takes the answer apart unchecked
+        raise HubError(f"the Hub's answer about {what} is not understood: {type(error).__name__}: {error}") from error
+    if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
         raise HubError(f"the Hub told no commit for {what}")
-    return str(info.sha)
+    return info.sha
 
 
 def _cached_commit(repo_id: str, revision: str, options: HubOptions) -> str:
@@ -231,8 +246,9 @@ def _cached_commit(repo_id: str, revision: str, options: HubOptions) -> str:
     from huggingface_hub.file_download import repo_folder_name
 
     folder = Path(options.cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
+    begun = _commit_of_short(folder, revision)
     try:
-        commit = (folder / "refs" / revision).read_text().strip()
+        commit = begun or (folder / "refs" / revision).read_text().strip()
     except OSError as error:
         reason = "local_files_only=True" if options.local_files_only else "HF_HUB_OFFLINE is set"
         raise OfflineError(
@@ -242,6 +258,17 @@ def _cached_commit(repo_id: str, revision: str, options: HubOptions) -> str:
     if not _COMMIT.fullmatch(commit):
         raise HubError(f"the cache's reference of {repo_id!r} at {revision!r} is damaged: {str(folder)!r}; remove it")
     return commit
+
+
+def _commit_of_short(folder: Path, revision: str) -> str | None:
+    """The only commit in the cache that begins so, where no branch or tag has that name."""
+    if not _SHORT.fullmatch(revision) or (folder / "refs" / revision).exists():
+        return None
+    there = os.listdir(folder / "snapshots") if (folder / "snapshots").is_dir() else []
+    commits = [name for name in there if name.startswith(revision) and _COMMIT.fullmatch(name)]
+    if len(commits) > 1:
+        raise NotFoundError(f"{revision!r} begins {len(commits)} commits of the cache ({folder}); give more digits")
+    return commits[0] if commits else None
 
 
 def _check_revision(repo_id: str, revision: str) -> None:
@@ -255,7 +282,8 @@ def _answers(repo_id: str, options: HubOptions, filename: str, commit: str) -> b
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     try:
-        get_hf_file_metadata(hf_hub_url(repo_id, options.inside(filename), revision=commit), token=options.token)
+        with through(options.proxies):
+            get_hf_file_metadata(hf_hub_url(repo_id, options.inside(filename), revision=commit), token=options.token)
     except Exception as error:
         if _unreachable(error):
             logger.warning("The Hub cannot be reached; only cached files of %r are used.", repo_id)
@@ -266,7 +294,8 @@ def _answers(repo_id: str, options: HubOptions, filename: str, commit: str) -> b
 def translated(call: Callable[[], _T], what: str, options: HubOptions) -> _T:
     """``call()``, its failures told as loadstone's errors; EntryMissing if the file is not in the repository."""
     try:
-        return call()
+        with through(options.proxies):
+            return call()
     except Exception as error:
         mapped = _translate(error, what, options)
         if mapped is None:

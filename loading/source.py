@@ -6,14 +6,18 @@ import os
 import re
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArgumentError, MissingWeightsError, NotFoundError, PathError, RepoIdError, nearest
+from .proxies import checked_proxies
+from .verify import wants_check
 
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+HUB_ARGUMENTS = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder", "verify",
+)  # fmt: skip
 """Keywords of `resolve_source` that matter for a Hub repository."""
 
 _DRIVE = re.compile(r"[A-Za-z]:")
@@ -114,9 +118,11 @@ def resolve_source(
     cache_dir: str | os.PathLike[str] | None = None,
     force_download: bool = False,
     local_files_only: bool = False,
+    proxies: Mapping[str, str | None] | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
     subfolder: str = "",
+    verify: str | bool | None = None,
 ) -> Source:
     """The Source of a directory path or a Hub repository id; a Source is returned as it is.
 
@@ -124,6 +130,9 @@ def resolve_source(
     missing, PathError if it is a file. Otherwise the Hub is asked for the commit of ``revision`` (one request; none
     for a full commit hash, or with ``local_files_only``), and every file comes from that commit: NotFoundError,
     GatedError, OfflineError or HubError if that fails, RepoIdError if the name cannot be a repository id.
+    proxies: {scheme: address}, for the Hub. verify: "sha256" compares every file with the hash that the Hub gave for
+    it, downloaded now or cached: IntegrityError, and the file is removed, if it differs. It is an ArgumentError for a
+    directory, for which nobody gave hashes.
     """
     if isinstance(name_or_path, Source):
         return name_or_path
@@ -134,9 +143,11 @@ def resolve_source(
     name = os.fspath(name_or_path)
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise RepoIdError(f"{name!r} is neither a directory nor a Hub repository id such as 'org/name'")
-    subfolder = _check_subfolder(subfolder)
+    subfolder, checked = _check_subfolder(subfolder), checked_proxies(proxies)
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):
+        if wants_check(verify):
+            raise ArgumentError(f"verify={verify!r} compares with the Hub's hashes, and {name!r} is a directory")
         return _local_source(name, path, subfolder)
     if os.path.lexists(path):
         raise _not_a_directory(name, path)
@@ -147,9 +158,11 @@ def resolve_source(
         cache_dir=cache_dir,
         force_download=force_download,
         local_files_only=local_files_only,
+        proxies=dict(checked),
         token=token,
         revision=revision,
         subfolder=subfolder,
+        verify=verify,
     )
 
 
@@ -159,9 +172,11 @@ def hub_source(
     cache_dir: str | os.PathLike[str] | None = None,
     force_download: bool = False,
     local_files_only: bool = False,
+    proxies: Mapping[str, str | None] | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
     subfolder: str = "",
+    verify: str | bool | None = None,
 ) -> Source:
     """Like `resolve_source` for what must be a Hub repository, whatever directories are here."""
     check_repo_id(name)
@@ -174,6 +189,8 @@ def hub_source(
         local_files_only=local_files_only,
         token=token,
         subfolder=subfolder,
+        proxies=checked_proxies(proxies),
+        verify=wants_check(verify),
     )
     return open_repository(name, revision, options)
 

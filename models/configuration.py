@@ -204,9 +204,11 @@ class PreTrainedConfig:
         cache_dir: str | os.PathLike[str] | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
+        proxies: Mapping[str, str | None] | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
         subfolder: str = "",
+        verify: str | bool | None = None,
         return_unused_kwargs: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -216,7 +218,13 @@ class PreTrainedConfig:
         """
         from ..loading.source import Source
 
-        hub = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
+        hub = {
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "proxies": proxies,
+            "verify": verify,
+        }
         values = cls.get_config_dict(
             pretrained_model_name_or_path, **hub, token=token, revision=revision, subfolder=subfolder
         )

@@ -33,9 +33,10 @@ class AutoConfig:
         """The configuration of a checkpoint.
 
         pretrained_model_name_or_path: a directory, a Hub repository id, or a configuration file. ``cache_dir``,
-            ``force_download``, ``local_files_only``, ``token``, ``revision``, ``subfolder``, ``trust_remote_code`` and
-            ``code_revision`` as for `AutoModelForCausalLM.from_pretrained`; other arguments override fields. With
-            ``return_unused_kwargs=True`` returns the pair (configuration, arguments that are no fields).
+            ``force_download``, ``local_files_only``, ``proxies``, ``token``, ``revision``, ``subfolder``, ``verify``,
+            ``trust_remote_code`` and ``code_revision`` as for `AutoModelForCausalLM.from_pretrained`; other arguments
+            override fields. With ``return_unused_kwargs=True`` returns the pair (configuration, arguments that are no
+            fields).
         Raises NotFoundError if there is no config.json, ConfigError if it is malformed, UnsupportedModelError if its
             model_type is missing or unknown, RemoteCodeRefused if only the repository's code could serve it, and
             RemoteCodeError if that is allowed and does not work.
@@ -93,9 +94,11 @@ class AutoModelForCausalLM:
         cache_dir: str | os.PathLike[str] | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
+        proxies: Mapping[str, str | None] | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
         subfolder: str = "",
+        verify: str | bool | None = None,
         trust_remote_code: bool | None = None,
         code_revision: str | None = None,
         progress: bool | None = None,
@@ -129,8 +132,9 @@ class AutoModelForCausalLM:
             anything is missing or unexpected, instead of initialising and reporting it.
         output_loading_info: return (model, info) with the sets missing_keys, unexpected_keys, mismatched_keys.
         generation_config: instead of the checkpoint's.
-        cache_dir, force_download, local_files_only, token, revision, subfolder: for the Hub; configuration and
-            weights come from the one commit that ``revision`` names.
+        cache_dir, force_download, local_files_only, proxies, token, revision, subfolder: for the Hub; configuration and
+            weights come from the one commit that ``revision`` names. verify: "sha256" compares every file, cached ones
+            too, with the hash that the Hub gave for it (IntegrityError; the client compares sizes only).
         trust_remote_code: only True allows running the code of the repository, whose own classes (``auto_map``) then
             serve it unless you registered some for its model_type. Otherwise a registered class serves it, and
             RemoteCodeRefused says what is missing. code_revision: the branch, tag or commit of the code; default: the
@@ -153,6 +157,8 @@ class AutoModelForCausalLM:
             "cache_dir": cache_dir,
             "force_download": force_download,
             "local_files_only": local_files_only,
+            "proxies": proxies,
+            "verify": verify,
         }
         where = {**hub, "token": token, "revision": revision, "subfolder": subfolder}
         source = Origin(variant, use_safetensors, state_dict).source(pretrained_model_name_or_path, where, config)

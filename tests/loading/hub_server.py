@@ -37,6 +37,8 @@ class Repo:
 
     def at(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
         commit = self.refs.get(revision, revision)
+        if commit not in self.commits and len(revision) >= 7:  # the beginning of a hash, as the Hub takes it
+            commit = next((full for full in self.commits if full.startswith(revision)), commit)
         return (commit, self.commits[commit]) if commit in self.commits else None
 
 
@@ -183,8 +185,13 @@ class Handler(BaseHTTPRequestHandler):
         self._file(content, ETag=f'"{etag}"', X_Repo_Commit=commit)
 
     def _file(self, content: bytes, **headers: str) -> None:
+        wanted = (self.headers.get("Range") or "").removeprefix("bytes=").partition("-")
         if self.command == "HEAD":
             self.answer(200, Content_Length=str(len(content)), **headers)
+        elif wanted[0]:
+            begin, end = int(wanted[0]), min(int(wanted[2] or len(content) - 1), len(content) - 1)
+            place = f"bytes {begin}-{end}/{len(content)}"
+            self.answer(206, content[begin : end + 1], Content_Range=place, **headers)
         else:
             self.answer(200, content, **headers)
 
