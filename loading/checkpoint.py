@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import (
     ArgumentError,
@@ -19,6 +20,9 @@ from ..errors import (
 from .header import FileStamp, Header, TensorEntry, read_header
 from .index import Index, read_index
 from .source import Source, what_is_there
+
+if TYPE_CHECKING:
+    from .arrivals import Arrivals
 
 __all__ = ["Checkpoint", "TensorEntry", "open_checkpoint"]
 
@@ -36,7 +40,8 @@ class Checkpoint:
     """Tensors of a checkpoint by name, in the order of their bytes (file by file), known from headers alone.
 
     ``metadata`` is that of the files' headers (the first file that has a key wins), ``stamps`` says in which state
-    the files were when their headers were read.
+    the files were when their headers were read. ``arrivals`` brings files that are still to be downloaded, whose
+    stamps are known when they are there.
     """
 
     name: str
@@ -47,6 +52,7 @@ class Checkpoint:
     index_metadata: dict[str, Any] = field(default_factory=dict)
     stamps: dict[Path, FileStamp] = field(default_factory=dict)
     index_faults: tuple[str, ...] = ()
+    arrivals: Arrivals | None = None
 
     @classmethod
     def from_headers(cls, name: str, headers: Sequence[Header], index: Index | None = None) -> Checkpoint:
@@ -79,8 +85,19 @@ class Checkpoint:
             index_faults=faults,
         )
 
+    def wait(self, file: Path) -> None:
+        """Return when a file is there; raises what its download raises."""
+        if self.arrivals is not None:
+            self.arrivals.wait(file)
+
+    def receiving(self) -> AbstractContextManager[object]:
+        """A context in which files may be waited for: if it raises, their downloads end too."""
+        return nullcontext() if self.arrivals is None else self.arrivals
+
     def changed_files(self) -> list[Path]:
-        """Files that are no longer what they were when their headers were read."""
+        """Files that are no longer what they were when their headers were read. Waits for those to come."""
+        if self.arrivals is not None:
+            self.arrivals.wait_for_all()
         changed = []
         for path, stamp in self.stamps.items():
             try:
@@ -92,11 +109,15 @@ class Checkpoint:
         return changed
 
 
-def open_checkpoint(source: Source, *, variant: str | None = None, use_safetensors: bool | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: Source, *, variant: str | None = None, use_safetensors: bool | None = None, early: bool = False
+) -> Checkpoint:
     """Read the headers of a checkpoint: ``model.safetensors``, else the shards of ``model.safetensors.index.json``.
 
     With ``variant="fp16"`` the names are ``model.fp16.safetensors`` and ``model.safetensors.index.fp16.json``. With
     ``use_safetensors=False`` it is ``pytorch_model.bin`` or its shards: see `pickled.open_pickled`.
+    ``early``: of shards that are still to be downloaded only the headers are fetched, where the server gives parts of
+    files; whoever waits for a file, in the checkpoint's `receiving`, starts the downloads.
 
     Raises NotFoundError (no weights at all), MissingWeightsError (shards missing, all named), UnsafeFormatError
     (weights only in a format that can run code), IntegrityError (files contradict the
@@ -117,7 +138,14 @@ def open_checkpoint(source: Source, *, variant: str | None = None, use_safetenso
     if path is None:
         raise _no_weights(source, variant, (single, index_name))
     index = read_index(path)
-    return Checkpoint.from_headers(source.name, [read_header(shard) for shard in source.fetch(index.shards)], index)
+    expected = source.expect(index.shards) if early else None
+    if expected is None:
+        return Checkpoint.from_headers(source.name, [read_header(shard) for shard in source.fetch(index.shards)], index)
+    here = [shard for shard in index.shards if shard not in expected.headers]
+    headers = {**expected.headers, **dict(zip(here, map(read_header, source.fetch(here)), strict=True))}
+    found = Checkpoint.from_headers(source.name, [headers[shard] for shard in index.shards], index)
+    expected.arrivals.record(found.stamps)
+    return replace(found, arrivals=expected.arrivals)
 
 
 def with_variant(filename: str, variant: str | None) -> str:

@@ -51,10 +51,13 @@ class Files:
 
     def in_order(self, moves: Sequence[Move]) -> Iterator[Move]:
         """The moves in the order in which their files can be had, each as soon as its file is there."""
-        return iter(moves)
+        arrivals = self._checkpoint.arrivals
+        return iter(moves) if arrivals is None else arrivals.in_order(moves)
 
     def abandon(self) -> None:
         """Wake whoever waits for a file that is still to come: the load has failed."""
+        if self._checkpoint.arrivals is not None:
+            self._checkpoint.arrivals.abandon()
 
     def maps(self, entry: TensorEntry) -> bool:
         """Whether a tensor's bytes come from a mapping: this may be done, and its place in the file suits its dtype."""
@@ -64,6 +67,7 @@ class Files:
         """Bytes of a file as a storage of their own, so that saving a tensor on it does not save the whole file."""
         whole = self._storages.get(file)
         if whole is None:
+            self._checkpoint.wait(file)
             try:
                 whole = map_file(file, self._stamps[file].size)
             except (OSError, RuntimeError) as error:

@@ -98,6 +98,14 @@ def read_header(file: str | os.PathLike[str]) -> Header:
     """
     path = Path(file)
     raw, stamp = _read_raw(path)
+    return parse_header(raw, path, stamp)
+
+
+def parse_header(raw: bytes, path: Path, stamp: FileStamp) -> Header:
+    """Check a header's bytes, without the 8 that say how many they are; FormatError as for `read_header`.
+
+    Of ``stamp`` the size is needed: the tensors must fill the file.
+    """
     try:
         tensors, metadata = _parse(raw, path)
         entries = _entries(tensors, path, start=8 + len(raw), size=stamp.size)

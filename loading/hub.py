@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import GatedError, HubError, NotFoundError, OfflineError, RepoIdError
+from .arrivals import Arrivals
+from .glimpse import glimpse
 from .proxies import Proxies, through
-from .source import Source, check_filename, missing_weights
+from .source import Expected, Source, check_filename, missing_weights
 from .verify import check_hash
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,16 @@ class HubOptions:
             return None
         return Path(path) if isinstance(path, str) else False
 
-    def download(self, repo_id: str, filename: str, revision: str, *, cache_only: bool = False) -> Path:
+    def download(
+        self,
+        repo_id: str,
+        filename: str,
+        revision: str,
+        *,
+        cache_only: bool = False,
+        watch: Callable[[], None] | None = None,
+    ) -> Path:
+        """The file in the cache. ``watch`` is called with each part that comes; what it raises ends the download."""
         from huggingface_hub import hf_hub_download
 
         only_cache = cache_only or self.local_files_only
@@ -61,8 +72,17 @@ class HubOptions:
             force_download=self.force_download and not only_cache,
             local_files_only=only_cache,
             token=self.token,
+            **_watched(watch),
         )
         return Path(path)
+
+    def place(self, repo_id: str, filename: str, commit: str) -> Path:
+        """Where the cache has the file, or would have it."""
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+
+        folder = Path(self.cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
+        return folder / "snapshots" / commit / self.inside(filename)
 
 
 @dataclass
@@ -81,10 +101,11 @@ class HubSource(Source):
     options: HubOptions
     _memory: _Memory = field(default_factory=_Memory, repr=False)
 
-    def find(self, filename: str) -> Path | None:
+    def find(self, filename: str, watch: Callable[[], None] | None = None) -> Path | None:
+        """See `Source.find`; ``watch`` as for `HubOptions.download`."""
         check_filename(filename)
         if filename not in self._memory.files:
-            path = self._look(filename)
+            path = self._look(filename, watch)
             if path is None and self._memory.online is False:
                 return None  # not known to be absent: the next call may find it in the cache
             self._memory.files[filename] = path
@@ -119,6 +140,36 @@ class HubSource(Source):
             raise missing_weights(self, missing, "the repository is incomplete at this commit; try another revision")
         return [path for name in filenames if (path := found[name]) is not None]
 
+    def expect(self, filenames: Sequence[str]) -> Expected | None:
+        """See `Source.expect`. None too if all files but one are there, or must be fetched anew."""
+        commit = str(self.commit)
+        absent = {
+            self.options.place(self.name, name, commit): name
+            for name in dict.fromkeys(filenames)
+            if self._memory.files.get(name) is None and self.options.cached(self.name, name, commit) is None
+        }
+        if len(absent) < 2 or self.options.force_download or self._memory.online is False:
+            return None
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers
+
+        inside = self.options.inside
+        urls = {file: hf_hub_url(self.name, inside(name), revision=commit) for file, name in absent.items()}
+        with through(self.options.proxies):
+            headers = glimpse(urls, build_hf_headers(token=self.options.token))
+        if headers is None:
+            logger.info("the Hub gives no parts of %r; its files are downloaded before they are looked at", self.name)
+            return None
+        self._memory.online = True
+
+        def download(file: Path, watch: Callable[[], None]) -> Path:
+            path = self.find(absent[file], watch)
+            if path is None:
+                raise missing_weights(self, [absent[file]], "it was there a moment ago; load again")
+            return path
+
+        return Expected({absent[file]: header for file, header in headers.items()}, Arrivals(headers, download))
+
     def listing(self) -> list[str]:
         try:
             if self._memory.online is False:
@@ -137,7 +188,7 @@ class HubSource(Source):
         place = f"repository {self.name!r} (commit {str(self.commit)[:12]}{limit})"
         return f"subfolder {self.options.subfolder!r} of {place}" if self.options.subfolder else place
 
-    def _look(self, filename: str) -> Path | None:
+    def _look(self, filename: str, watch: Callable[[], None] | None = None) -> Path | None:
         options, commit = self.options, str(self.commit)
         if not options.force_download or self._memory.online is False:
             known = options.cached(self.name, filename, commit)
@@ -147,7 +198,7 @@ class HubSource(Source):
                 return None
         with_context = f"{options.inside(filename)!r} of {self.describe()}"
         try:
-            path = translated(lambda: options.download(self.name, filename, commit), with_context, options)
+            path = translated(lambda: options.download(self.name, filename, commit, watch=watch), with_context, options)
         except EntryMissing:
             return None
         return self._verified(filename, path)
@@ -177,6 +228,27 @@ class HubSource(Source):
         if self.options.local_files_only:
             return "may not be asked (local_files_only=True)"
         return "may not be asked (HF_HUB_OFFLINE is set)" if _offline_mode() else "cannot be reached"
+
+
+def _watched(watch: Callable[[], None] | None) -> dict[str, Any]:
+    """What makes ``hf_hub_download`` call ``watch``, by way of its progress bar; nothing if this version cannot."""
+    if watch is None:
+        return {}
+    tell: Callable[[], None] = watch
+    from inspect import signature
+
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import tqdm
+
+    if "tqdm_class" not in signature(hf_hub_download).parameters:
+        return {}
+
+    class Watched(tqdm):
+        def update(self, count: float | None = 1) -> bool | None:
+            tell()
+            return super().update(count)
+
+    return {"tqdm_class": Watched}
 
 
 class EntryMissing(Exception):

@@ -71,12 +71,13 @@ def load_into(
     )
     plan.check(strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
     way = choose_way(plan, disable_mmap)
-    if plan.tree.packed:
-        from .quantize import check_packed
-
-        check_packed(plan, checkpoint, mapped=way.mapped)
     try:
-        streamed = _execute(model, plan, checkpoint, way, initialize, progress)
+        with checkpoint.receiving():
+            if plan.tree.packed:
+                from .quantize import check_packed
+
+                check_packed(plan, checkpoint, mapped=way.mapped)
+            streamed = _execute(model, plan, checkpoint, way, initialize, progress)
         if plan.placement.given:
             model.hf_device_map = plan.placement.as_hf()  # type: ignore[assignment]
         if _needs_dispatch(plan):

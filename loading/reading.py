@@ -28,6 +28,7 @@ class Reader:
     """Files of one checkpoint, opened when first read; used by several threads."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        self._wait = checkpoint.wait
         self._stamps = checkpoint.stamps
         self._open: dict[Path, int] = {}
         self._asked: dict[Path, int] = {}
@@ -81,6 +82,7 @@ class Reader:
         descriptor = self._open.get(file)
         if descriptor is not None:
             return descriptor
+        self._wait(file)
         with self._lock:
             if file not in self._open:
                 self._open[file] = self._opened(file)

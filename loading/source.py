@@ -10,10 +10,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import ArgumentError, MissingWeightsError, NotFoundError, PathError, RepoIdError, nearest
 from .proxies import checked_proxies
 from .verify import wants_check
+
+if TYPE_CHECKING:
+    from .arrivals import Arrivals
+    from .header import Header
 
 HUB_ARGUMENTS = (
     "cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder", "verify",
@@ -24,6 +29,13 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 _REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 _FILE_ENDINGS = (".safetensors", ".json")
 _SHOWN = 12
+
+
+class Expected(NamedTuple):
+    """Headers of files to come, by name, and what brings them."""
+
+    headers: dict[str, Header]
+    arrivals: Arrivals
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +56,13 @@ class Source(ABC):
     @abstractmethod
     def fetch(self, filenames: Sequence[str]) -> list[Path]:
         """Local paths of several weight files, in order; MissingWeightsError names all that are not there."""
+
+    def expect(self, filenames: Sequence[str]) -> Expected | None:
+        """Headers of weight files that are still to be downloaded, and their arrivals; None: `fetch` has them all.
+
+        Nothing is downloaded but headers. Raises FormatError for a header that is no good.
+        """
+        return None
 
     @abstractmethod
     def listing(self) -> list[str]:

@@ -46,4 +46,4 @@ class Origin(NamedTuple):
             from ..loading.state_dict import held_checkpoint
 
             return held_checkpoint(self.state_dict)
-        return open_checkpoint(source, variant=self.variant, use_safetensors=self.use_safetensors)
+        return open_checkpoint(source, variant=self.variant, use_safetensors=self.use_safetensors, early=True)

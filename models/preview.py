@@ -44,7 +44,7 @@ def preview(
     """
     config = cls.config_class.from_pretrained(source)
     quantizer = choose_quantizer(source.name, config, quantization_config)
-    checkpoint = open_checkpoint(source, variant=variant)
+    checkpoint = open_checkpoint(source, variant=variant, early=True)
     config.dtype = choose_dtype(dtype, config, checkpoint)
     model = build_on_meta(cls, config)
     if quantizer is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, RepoIdError
-from ...loading.source import Source, check_repo_id, resolve_source
+from ...loading.source import Expected, Source, check_repo_id, resolve_source
 
 CONFIG = "adapter_config.json"
 
@@ -25,6 +25,9 @@ class AdaptedSource(Source):
 
     def fetch(self, filenames: Sequence[str]) -> list[Path]:
         return self.base.fetch(filenames)
+
+    def expect(self, filenames: Sequence[str]) -> Expected | None:
+        return self.base.expect(filenames)
 
     def listing(self) -> list[str]:
         return self.base.listing()

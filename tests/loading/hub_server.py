@@ -47,9 +47,10 @@ class Request:
     method: str
     path: str
     authorization: str | None
+    range: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.method} {self.path}"
+        return f"{self.method} {self.path}" + (f" {self.range}" if self.range else "")
 
 
 class HubServer:
@@ -60,6 +61,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.stored: dict[str, bytes] = {}  # LFS objects uploaded
         self.fault: Callable[[Handler], bool] | None = None
+        self.ranges = True  # parts of files are given
         self.redirect_to: str | None = None  # files of 1 kB and more are redirected to this other host
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
         self._server.daemon_threads = True
@@ -118,7 +120,8 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.parts = [unquote(part) for part in url.path.strip("/").split("/")]
         self.query = parse_qs(url.query)
-        self.hub.requests.append(Request(self.command, unquote(url.path), self.headers.get("Authorization")))
+        authorization, wish = self.headers.get("Authorization"), self.headers.get("Range")
+        self.hub.requests.append(Request(self.command, unquote(url.path), authorization, wish))
         if self.hub.fault is not None and self.hub.fault(self):
             return
         if self.parts[0] == "api":
@@ -188,7 +191,7 @@ class Handler(BaseHTTPRequestHandler):
         wanted = (self.headers.get("Range") or "").removeprefix("bytes=").partition("-")
         if self.command == "HEAD":
             self.answer(200, Content_Length=str(len(content)), **headers)
-        elif wanted[0]:
+        elif wanted[0] and self.hub.ranges:
             begin, end = int(wanted[0]), min(int(wanted[2] or len(content) - 1), len(content) - 1)
             place = f"bytes {begin}-{end}/{len(content)}"
             self.answer(206, content[begin : end + 1], Content_Range=place, **headers)
