@@ -6,12 +6,20 @@ already catch. A message says what failed, what was given and what to do.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_LONGEST = 16_000  # characters of a message: what it quotes may be a stranger's, and of any length
+_LONGEST_NAME, _MOST_NAMES = 300, 5000  # compared with each other: the time grows with both
+_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class LoadstoneError(Exception):
-    """Base of all errors below."""
+    """Base of all errors below. What would act on a terminal, or cannot be printed, is escaped in the message."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_printable(one) if isinstance(one, str) else one for one in args))
 
 
 class CheckpointError(LoadstoneError, OSError, ValueError):
@@ -124,11 +132,26 @@ class ArgumentError(LoadstoneError, TypeError):
     """A call was given an argument it does not know."""
 
 
+class MemoryLimitError(LoadstoneError, MemoryError, RuntimeError):
+    """What was asked for takes more memory than there is."""
+
+
 class MissingDependencyError(LoadstoneError, ImportError):
     """An optional package is needed for this and is not installed."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
-    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    if len(name) > _LONGEST_NAME:
+        return ""
+    candidates = [one for one, _ in zip(known, range(_MOST_NAMES), strict=False) if len(one) <= _LONGEST_NAME]
+    close = get_close_matches(name, candidates, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _printable(text: str) -> str:
+    """The text without what a terminal would take for a command, cut in the middle if it is very long."""
+    if len(text) > _LONGEST:
+        left_out = len(text) - _LONGEST
+        text = f"{text[: _LONGEST * 3 // 4]} ... [{left_out} characters left out] ... {text[-_LONGEST // 4 :]}"
+    return _UNSHOWN.sub(lambda found: repr(found[0])[1:-1], text)

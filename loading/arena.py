@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 
+from ..errors import MemoryLimitError
+from .memory import check_memory
+
 HUGE = 2 << 20
 ALIGNMENT = 64
 PAGE = mmap.PAGESIZE
@@ -32,9 +35,10 @@ def allocate(wanted: Sequence[tuple[torch.Size | tuple[int, ...], torch.dtype]])
     """Uninitialised (zero, not yet backed by memory) contiguous CPU tensors of the given shapes and dtypes.
 
     Tensors of 2 MiB and more start at a 2 MiB boundary in a mapping of their own; smaller ones share one. Each has a
-    storage of exactly its own bytes.
+    storage of exactly its own bytes. Raises MemoryLimitError if there is not enough memory.
     """
     sizes = [_nbytes(shape, dtype) for shape, dtype in wanted]
+    check_memory(sum(sizes), "casting or copying the bytes of weights")
     small = sum(_rounded(size) for size in sizes if size < HUGE)
     pool, position = _map(small) if small else None, 0
     tensors = []
@@ -126,8 +130,10 @@ def _map(size: int) -> mmap.mmap:
         if sys.platform == "win32":
             return mmap.mmap(-1, size)
         return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"no memory for {size} bytes of weights: {error.strerror}") from error
+    except (OSError, OverflowError) as error:
+        raise MemoryLimitError(
+            f"no memory for {size} bytes of weights: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 def _address(mapping: mmap.mmap) -> int:

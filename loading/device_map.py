@@ -123,6 +123,8 @@ def _device(value: Any, must_exist: bool) -> torch.device:
     if isinstance(value, int):
         if value < 0:
             raise DeviceMapError(f"device number {value} is negative; devices are counted from 0")
+        if value > 127:  # torch counts no further
+            raise DeviceMapError(f"there is no device number {value}; devices are counted from 0")
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = torch.device(accelerator.type if accelerator is not None else "cuda", value)
     elif value == "disk":
@@ -205,6 +207,7 @@ def _check_max_memory(max_memory: Any) -> None:
         parse_size(size, f"max_memory[{device!r}]")
 
 
+_DIGITS = 40  # beyond some three hundred a float is infinite
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -217,7 +220,7 @@ def parse_size(size: Any, what: str) -> int:
         for unit in sorted(_UNITS, key=len, reverse=True):
             if text.endswith(unit):
                 number = text[: -len(unit)].strip()
-                if number.replace(".", "", 1).isdecimal():
+                if number.replace(".", "", 1).isdecimal() and len(number) <= _DIGITS:
                     return int(float(number) * _UNITS[unit])
     raise DeviceMapError(f"{what} must be bytes or a size such as '20GiB' or '900MB', not {size!r}")
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 import os
-import stat
+import re
+import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..errors import FormatError, NotFoundError, PathError
+from ..errors import FormatError, PathError
+from .opening import open_file
 from .strict_json import parse_json
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ MAX_NAME = 512
 _MAX_RANK = 64
 _LIMIT = 1 << 63
 _FIRST_READ = 1 << 16
-_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe must not block us
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -116,20 +118,14 @@ def parse_header(raw: bytes, path: Path, stamp: FileStamp) -> Header:
 
 def _read_raw(path: Path) -> tuple[bytes, FileStamp]:
     """The header's bytes and the file's stamp."""
-    try:
-        regular = stat.S_ISREG(os.stat(path).st_mode)  # before opening: opening a device can do things
-        descriptor = os.open(path, _FLAGS) if regular else -1
-    except FileNotFoundError as error:
-        raise NotFoundError(f"no such file: {path}") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise PathError(f"cannot open {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
-    if not regular:
-        raise PathError(f"{path} is not a regular file; a safetensors file must be one")
-    with open(descriptor, "rb", buffering=0) as handle:
-        info = os.fstat(descriptor)
-        if not stat.S_ISREG(info.st_mode):
-            raise PathError(f"{path} is not a regular file; a safetensors file must be one")
-        return _read_bytes(handle, path, info.st_size), FileStamp.of(info)
+    handle, info = open_file(path)
+    with handle:
+        try:
+            return _read_bytes(handle, path, info.st_size), FileStamp.of(info)
+        except OSError as error:
+            if isinstance(error, FormatError):
+                raise
+            raise PathError(f"cannot read {str(path)!r}: {error.strerror}") from error
 
 
 def _read_bytes(handle: Any, path: Path, size: int) -> bytes:
@@ -246,15 +242,24 @@ def _entries(tensors: dict[str, Any], path: Path, *, start: int, size: int) -> d
     return entries
 
 
-def _check_name(name: str, path: Path) -> None:
-    if name.isascii() and name.isprintable() and 0 < len(name) <= MAX_NAME and ".." not in name and "\\" not in name:
-        return
+def name_fault(name: str) -> str | None:
+    """Why a tensor cannot have this name, in words, or None. Saving and reading refuse the same names."""
+    if name.isascii() and name.isprintable() and 0 < len(name) <= MAX_NAME and ".." not in name and name[0] != "_":
+        return None
     if not name or len(name) > MAX_NAME:
-        raise FormatError(f"{path}: a tensor name of {len(name)} characters; 1 to {MAX_NAME} are allowed")
-    if any(ord(letter) < 32 or 0xD800 <= ord(letter) < 0xE000 for letter in name):
-        raise FormatError(f"{path}: tensor name {name!r} holds control characters")
+        return f"has {len(name)} characters; 1 to {MAX_NAME} are allowed"
+    if name == "__metadata__":
+        return "is the name of a file's metadata"
+    if _CONTROLS.search(name):
+        return "holds control characters"
     if "../" in name or "..\\" in name:
-        raise FormatError(f"{path}: tensor name {name!r} looks like a path")
+        return "looks like a path"
+    return None
+
+
+def _check_name(name: str, path: Path) -> None:
+    if fault := name_fault(name):
+        raise FormatError(f"{path}: tensor name {reprlib.repr(name)} {fault}")
 
 
 def _count(shape: Any, name: str, path: Path) -> int:
@@ -277,5 +282,5 @@ def _bad_dtype(code: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = reprlib.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

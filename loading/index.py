@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import FormatError, NotFoundError, PathError, UnsafeFormatError
+from ..errors import FormatError, PathError, UnsafeFormatError
 from .source import check_filename
-from .strict_json import parse_json
+from .strict_json import read_json_file
 
 MAX_INDEX = 64 << 20
+MAX_SHARDS = 1 << 14  # each is a file to open, or a request
 
 
 class Index(NamedTuple):
@@ -33,11 +35,11 @@ class Index(NamedTuple):
 def read_index(file: str | os.PathLike[str], *, ending: str = ".safetensors") -> Index:
     """Read and check an index of shards whose names have this ending.
 
-    Raises FormatError (not JSON, wrong types, over 64 MiB), PathError (a shard outside the checkpoint) or
-    UnsafeFormatError (a shard of another ending). A missing ``metadata`` is fine.
+    Raises FormatError (not JSON, wrong types, over 64 MiB, over 16384 shards), PathError (a shard outside the
+    checkpoint) or UnsafeFormatError (a shard of another ending). A missing ``metadata`` is fine.
     """
     path = Path(file)
-    content = _content(path)
+    content = read_json_file(path, limit=MAX_INDEX, error=FormatError, what="an index")
     if type(content) is not dict:
         raise FormatError(f"{path}: an index must be a JSON object, not {_kind(content)}")
     weight_map = content.get("weight_map")
@@ -48,35 +50,21 @@ def read_index(file: str | os.PathLike[str], *, ending: str = ".safetensors") ->
         if type(shard) is not str:
             raise FormatError(f"{path}: weight_map[{name!r}] must be a file name, not {_kind(shard)}")
     shards = tuple(sorted(set(weight_map.values())))
+    if len(shards) > MAX_SHARDS:
+        raise FormatError(f"{path}: weight_map names {len(shards)} shards; {MAX_SHARDS} are the most")
     for shard in shards:
         _check_shard(shard, path, ending)
     metadata = content.get("metadata")
     return Index(path, weight_map, shards, metadata if type(metadata) is dict else {})
 
 
-def _content(path: Path) -> Any:
-    try:
-        size = os.stat(path).st_size
-        if size > MAX_INDEX:
-            raise FormatError(f"{path} has {size} bytes; an index has at most {MAX_INDEX}")
-        raw = path.read_bytes()
-    except FileNotFoundError as error:
-        raise NotFoundError(f"no such file: {path}") from error
-    except FormatError:
-        raise
-    except OSError as error:
-        raise PathError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        return parse_json(raw.decode("utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{path} is not a valid JSON index: {error}") from error
-
-
 def _check_shard(shard: str, path: Path, ending: str) -> None:
     try:
         check_filename(shard)
     except PathError as error:
-        raise PathError(f"{path}: weight_map names the shard {shard!r}, which is not inside the checkpoint") from error
+        raise PathError(
+            f"{path}: weight_map names the shard {reprlib.repr(shard)}, which is not inside the checkpoint"
+        ) from error
     if not shard.endswith(ending):
         reason = ", as other formats can run code" if ending == ".safetensors" else ""
         raise UnsafeFormatError(f"{path}: weight_map names {shard!r}; only {ending} shards are read{reason}")

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import InitializationError
 from .device_map import Placement
+from .memory import check_memory
 from .tree import Slot, Tree
 
 Initializer = Callable[[nn.Module], None]
@@ -24,7 +25,7 @@ def initialize_missing(
     else is on meta meanwhile, so whatever an initialiser touches, loaded weights are out of its reach. The model keeps
     these tensors until the caller assigns or restores.
 
-    Raises InitializationError for weights that no one initialised.
+    Raises InitializationError for weights that no one initialised, MemoryLimitError for more than memory holds.
     """
     if not names:
         return {}
@@ -34,6 +35,8 @@ def initialize_missing(
             f"{', '.join(names[:12])}"
         )
     slots = {name: tree.weights[name] for name in names}
+    on_cpu = [slot.tensor.nbytes for name, slot in slots.items() if placement.device_of(name).type == "cpu"]
+    check_memory(sum(on_cpu), f"initialising the {len(on_cpu)} weights that are not in the checkpoint")
     for name, slot in slots.items():
         blank = _blank(slot.tensor, placement.device_of(name))
         slot.put(nn.Parameter(blank, requires_grad=slot.tensor.requires_grad) if slot.is_parameter else blank)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..quant import Recipe
 
 _SHOWN = 40
+_MOST_MISSING = 10  # weights for each that is there: beyond that it is no checkpoint of this model
 _RECOMPUTED = ("rotary_emb.inv_freq", "position_ids")  # what older checkpoints hold of buffers that models recompute
 
 
@@ -116,6 +117,13 @@ class Plan:
             raise ShapeMismatchError(
                 f"{self.name}: {len(self.mismatched)} tensors do not fit {self.model_class}: "
                 f"{'; '.join(str(mismatch) for mismatch in self.mismatched[:_SHOWN])}{_more(self.mismatched)}{advice}"
+            )
+        here = len(self.moves) + len(self.mismatched)
+        if len(self.missing) > _MOST_MISSING * here:
+            raise MissingWeightsError(
+                f"{self.name}: {here} of {here + len(self.missing)} weights of {self.model_class} are in its files, "
+                f"which lack {_listed(self.missing)}, so nearly all would be random; are they another model's, or are "
+                f"their names to be translated by key_mapping? Not used: {_listed(self.unexpected) or 'none'}"
             )
         lost = [name for name in self.to_initialize if weights[name].is_packed]
         if lost:

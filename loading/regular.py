@@ -1,17 +1,15 @@
-"""Opening what must be a regular file: never a pipe that blocks, never a device."""
+"""Reading anywhere in what must be a regular file."""
 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import FormatError, NotFoundError, PathError
+from ..errors import FormatError
 from .header import FileStamp
-
-_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+from .opening import open_file
 
 
 class RegularFile:
@@ -42,19 +40,6 @@ class RegularFile:
 @contextmanager
 def open_regular(path: Path) -> Iterator[RegularFile]:
     """Open a file to read from anywhere in it. Raises NotFoundError, or PathError if it is no regular file."""
-    try:
-        regular = stat.S_ISREG(os.stat(path).st_mode)  # before opening: opening a device can do things
-        descriptor = os.open(path, _FLAGS) if regular else -1
-    except FileNotFoundError as error:
-        raise NotFoundError(f"no such file: {path}") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise PathError(f"cannot open {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
-    if not regular:
-        raise PathError(f"{path} is not a regular file; a weights file must be one")
-    try:
-        info = os.fstat(descriptor)
-        if not stat.S_ISREG(info.st_mode):
-            raise PathError(f"{path} is not a regular file; a weights file must be one")
-        yield RegularFile(path, descriptor, FileStamp.of(info))
-    finally:
-        os.close(descriptor)
+    handle, info = open_file(path)
+    with handle:
+        yield RegularFile(path, handle.fileno(), FileStamp.of(info))

@@ -223,11 +223,12 @@ def check_filename(filename: str) -> str:
         not filename
         or any(part in ("", ".", "..") for part in parts)
         or "\\" in filename
-        or "\0" in filename
-        or _DRIVE.match(filename)
+        or ":" in filename  # drives, and streams beside a file
+        or not filename.isprintable()
     ):
         raise PathError(
-            f"{filename!r} is not a file name inside the checkpoint; absolute paths, '..', '\\' and drives are refused"
+            f"{filename!r} is not a file name inside the checkpoint; absolute paths, '..', '\\', drives and control "
+            "characters are refused"
         )
     return filename
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import reprlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import BinaryIO
 import torch
 
 from ..errors import CheckpointError
+from .header import name_fault
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -41,8 +43,9 @@ _CHUNK = 32 << 20
 
 def check_writable(name: str, tensor: torch.Tensor) -> None:
     """CheckpointError unless ``tensor`` has bytes of its own that safetensors can hold."""
-    if not isinstance(name, str) or not name or "\0" in name or name == "__metadata__":
-        raise CheckpointError(f"{name!r} cannot be the name of a tensor in a safetensors file")
+    fault = name_fault(name) if isinstance(name, str) else "is no text"
+    if fault:
+        raise CheckpointError(f"{reprlib.repr(name)} cannot be the name of a tensor in a safetensors file: it {fault}")
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(f"{name!r} in the state dict is a {type(tensor).__name__}, not a tensor; leave it out")
     if tensor.is_meta:

@@ -20,11 +20,13 @@ from typing_extensions import dataclass_transform
 
 from ..errors import ConfigError
 from ..kernels import attention_names, attention_unavailable
-from ..loading.strict_json import parse_json
+from ..loading.strict_json import read_json_file
 from .fields import check_value, dtype_name, parse_dtype, ranged
 
 logger = logging.getLogger("loadstone.models")
 _Config = TypeVar("_Config", bound="PreTrainedConfig")
+
+_MOST_BYTES = 4 << 20
 
 # Read from a file these would choose code, trust or a place to load from: only a caller may set them.
 _NEVER_FROM_FILE = ("trust_remote_code", "name_or_path", "use_kernels", "kernel_config")
@@ -192,7 +194,7 @@ class PreTrainedConfig:
         """The parsed config.json of a directory, a repository id or the file itself; see `from_pretrained`."""
         from ..loading.source import resolve_source
 
-        if not hasattr(name_or_path, "require") and os.path.isfile(name_or_path):
+        if isinstance(name_or_path, (str, os.PathLike)) and os.path.isfile(name_or_path):
             return read_config_file(Path(name_or_path))
         return read_config_file(resolve_source(name_or_path, **kwargs).require("config.json"))
 
@@ -305,19 +307,13 @@ class PreTrainedConfig:
 dataclasses.dataclass(init=False, repr=False, eq=False)(PreTrainedConfig)
 
 
-def read_config_file(path: Path, *, limit: int = 32 << 20) -> dict[str, Any]:
+def read_config_file(path: Path, *, limit: int = _MOST_BYTES) -> dict[str, Any]:
     """Parse a config.json, dropping what only a caller may choose.
 
-    Raises ConfigError naming the file if it is too large, not UTF-8, not JSON, not an object, holds a key twice or a
-    number that is not finite.
+    Raises ConfigError naming the file if it is too large, not UTF-8, not JSON, not an object, nested deep, or holds a
+    key twice or a number beyond those of floats; NotFoundError, PathError if it cannot be read.
     """
-    size = path.stat().st_size
-    if size > limit:
-        raise ConfigError(f"{path} has {size} bytes; a configuration is at most {limit}")
-    try:
-        values = parse_json(path.read_bytes().decode("utf-8-sig"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    values = read_json_file(path, limit=limit, error=ConfigError, what="a configuration")
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a JSON object, got {type(values).__name__}")
     attn = values.pop("attn_implementation", None)

@@ -18,6 +18,7 @@ _DTYPES = {
 }
 _DTYPE_ALIASES = {"float": "float32", "half": "float16", "double": "float64", "fp32": "float32", "fp16": "float16"}
 _DTYPE_ALIASES["bf16"] = "bfloat16"
+_MOST_BITS = 63  # of whole numbers, which become numbers of tensors
 
 
 def ranged(
@@ -58,6 +59,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def check_value(owner: str, name: str, value: Any, annotation: Any, metadata: Any) -> Any:
     """Return ``value``, an int made float where a float is meant. Raises ConfigError naming owner, field and value."""
+    if type(value) is int and value.bit_length() > _MOST_BITS:
+        raise ConfigError(f"{owner}.{name} is a whole number of {value.bit_length()} bits; {_MOST_BITS} are the most")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{owner}.{name} must be finite, got {value}")
     if not _matches(value, annotation):
         raise ConfigError(f"{owner}.{name} must be {_describe(annotation)}, got {value!r} ({type(value).__name__})")
     if metadata and value is not None:
@@ -75,8 +80,6 @@ def _check_range(owner: str, name: str, value: Any, metadata: Any) -> None:
         return
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{owner}.{name} must be finite, got {value}")
     minimum, maximum, above = (metadata.get(key) for key in ("minimum", "maximum", "above"))
     if minimum is not None and value < minimum:
         raise ConfigError(f"{owner}.{name} must be at least {minimum}, got {value}")
@@ -107,7 +110,7 @@ def _matches_one(value: Any, member: Any) -> bool:
     if member is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if member is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and value.bit_length() <= _MOST_BITS
     origin = get_origin(member)
     if origin in (list, tuple):
         inner = get_args(member)

@@ -37,7 +37,7 @@ class LlamaConfig(PreTrainedConfig):
     num_key_value_heads: int | None = ranged(None, minimum=1)
     head_dim: int | None = ranged(None, minimum=1, maximum=1 << 14)
     hidden_act: str = ranged("silu", choices=tuple(kernels.activation_names()))
-    max_position_embeddings: int = ranged(2048, minimum=1)
+    max_position_embeddings: int = ranged(2048, minimum=1, maximum=1 << 60)
     initializer_range: float = ranged(0.02, minimum=0, maximum=1)
     rms_norm_eps: float = ranged(1e-6, minimum=0, maximum=1)
     bos_token_id: int | None = 1

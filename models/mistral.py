@@ -21,8 +21,8 @@ class MistralConfig(LlamaConfig):
 
     intermediate_size: int = ranged(14336, minimum=1, maximum=1 << 22)
     num_key_value_heads: int | None = ranged(8, minimum=1)
-    max_position_embeddings: int = ranged(131072, minimum=1)
-    sliding_window: int | None = ranged(4096, minimum=1)
+    max_position_embeddings: int = ranged(131072, minimum=1, maximum=1 << 60)
+    sliding_window: int | None = ranged(4096, minimum=1, maximum=1 << 60)
 
 
 class MistralDecoderLayer(LlamaDecoderLayer):

@@ -20,10 +20,12 @@ from ..errors import ArgumentError, ConfigError, nearest
 from ..kernels import Kernels, check_attention
 from ..loading.checkpoint import Checkpoint
 from ..loading.load import load_into
+from ..loading.memory import check_memory
 from ..loading.source import HUB_ARGUMENTS, Source
 from .adapters.source import AdaptedSource
 from .configuration import PreTrainedConfig
 from .custom_code import carried_code, check_trust
+from .depth import check_depth
 from .fields import parse_dtype
 from .meta import MetaBuild
 from .origin import Origin
@@ -86,6 +88,7 @@ def load_pretrained(
     config.dtype = choose_dtype(dtype if dtype is not None else torch_dtype, config, checkpoint)
     generation_config = generation_config_of(generation_config, source, config)
 
+    check_depth(config, checkpoint)
     model = build_on_meta(cls, config)
     if quantizer is not None:
         quantize_on_meta(model, quantizer, device_map)
@@ -188,6 +191,8 @@ def choose_dtype(asked: Any, config: PreTrainedConfig, checkpoint: Checkpoint) -
 def generation_config_of(given: Any, source: Source, config: PreTrainedConfig) -> Any:
     """The caller's generation configuration, else the checkpoint's, None where it has none."""
     if given is not None:
+        if not callable(getattr(given, "to_dict", None)):
+            raise ArgumentError(f"generation_config must be a GenerationConfig, not {given!r}")
         return given
     if (path := source.find("generation_config.json")) is None:
         return None
@@ -234,11 +239,20 @@ def build_from_config(
         )
         plain_config(config)
     selection = _choose(config, attn_implementation, kernels)
+    _check_fits_memory(cls, config)
     model = cls(config)
     model.set_kernels(selection)
     if config.dtype != torch.get_default_dtype():
         model.to(config.dtype)
     return model
+
+
+def _check_fits_memory(cls: type[CausalLM], config: PreTrainedConfig) -> None:
+    """MemoryLimitError before anything is allocated, for a configuration whose weights the CPU cannot hold."""
+    if torch.get_default_device().type != "cpu":
+        return
+    held = build_on_meta(cls, copy.deepcopy(config)).parameters()
+    check_memory(sum(parameter.nbytes for parameter in held), f"a {cls.__name__} of this configuration")
 
 
 def save_pretrained(

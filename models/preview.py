@@ -13,6 +13,7 @@ from ..loading.plan import Plan, make_plan
 from ..loading.source import Source
 from .causal_lm import CausalLM
 from .configuration import PreTrainedConfig
+from .depth import check_depth
 from .pretrained import build_on_meta, choose_dtype, declarations
 from .quantized import choose_quantizer, quantize_on_meta
 
@@ -46,6 +47,7 @@ def preview(
     quantizer = choose_quantizer(source.name, config, quantization_config)
     checkpoint = open_checkpoint(source, variant=variant, early=True)
     config.dtype = choose_dtype(dtype, config, checkpoint)
+    check_depth(config, checkpoint)
     model = build_on_meta(cls, config)
     if quantizer is not None:
         quantize_on_meta(model, quantizer, device_map)

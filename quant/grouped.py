@@ -17,6 +17,7 @@ from ..errors import QuantizationError
 from .decoded import DecodedLinear
 from .quantizer import Quantizer
 
+_LARGEST_GROUP = 1 << 24
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -104,8 +105,8 @@ class FileConfig:
     def __init__(self, **values: Any) -> None:
         self.values = {**values, "quant_method": self.quant_method}
         self.group_size = self.whole("group_size", 128)
-        if self.group_size != -1 and self.group_size < 1:
-            raise self.wrong("group_size", self.group_size, "a number of inputs from 1, or -1 for all")
+        if self.group_size != -1 and not 1 <= self.group_size <= _LARGEST_GROUP:
+            raise self.wrong("group_size", self.group_size, f"a number of inputs to {_LARGEST_GROUP}, or -1 for all")
         names = values.get("modules_to_not_convert")
         if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(one, str) for one in names)):
             raise self.wrong("modules_to_not_convert", names, "a list of module names, or null")

@@ -20,6 +20,8 @@ def modules() -> Iterator[ModuleType]:
         module = importlib.import_module(f"loadstone.{floor}")
         yield module
         for info in pkgutil.walk_packages(getattr(module, "__path__", []), f"{module.__name__}."):
+            if info.name.rpartition(".")[2].startswith("_"):  # compiled C for ctypes, no module of Python's
+                continue
             yield importlib.import_module(info.name)
 
 

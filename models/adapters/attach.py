@@ -11,6 +11,7 @@ from torch import nn
 from ...errors import ArgumentError, ConfigError, nearest
 from .config import ALL_LINEAR, LoraConfig
 from .layer import LoraLinear, is_adaptable
+from .patterns import linear_pattern
 
 if TYPE_CHECKING:
     from ..causal_lm import CausalLM
@@ -64,10 +65,7 @@ def find_targets(model: CausalLM, config: LoraConfig) -> list[str]:
     if wanted == ALL_LINEAR:
         found = [name for name in linear if modules[name] is not head]
     elif isinstance(wanted, str):
-        try:
-            pattern = re.compile(wanted)
-        except re.error as error:
-            raise ConfigError(f"target_modules={wanted!r} is no regular expression: {error}") from error
+        pattern = linear_pattern(wanted, "target_modules")
         found = [name for name in linear if pattern.fullmatch(name)]
     else:
         found = _by_ends(wanted, modules, linear)

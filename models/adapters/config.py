@@ -14,6 +14,7 @@ ALL_LINEAR = "all-linear"
 _NO_MATTER = ("peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode", "fan_in_fan_out",
               "megatron_core", "runtime_config", "ensure_weight_tying", "eva_config", "layers_pattern")  # fmt: skip
 _LARGEST_RANK = 1 << 16
+_LARGEST = 1e30  # of lora_alpha: beyond it float32 overflows
 
 
 @dataclass
@@ -42,7 +43,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if type(self.r) is not int or not 0 < self.r <= _LARGEST_RANK:
             raise ConfigError(f"LoraConfig: r must be a whole number from 1 to {_LARGEST_RANK}, not {self.r!r}")
-        _number("lora_alpha", self.lora_alpha, -math.inf, math.inf)
+        _number("lora_alpha", self.lora_alpha, -_LARGEST, _LARGEST)
         _number("lora_dropout", self.lora_dropout, 0.0, 1.0)
         if self.bias != "none":
             raise ConfigError(f"LoraConfig: bias={self.bias!r} is not available, only 'none': biases stay as they are")
@@ -120,7 +121,7 @@ def _asks(value: Any) -> bool:
 
 
 def _number(name: str, value: Any, low: float, high: float) -> None:
-    fits = type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+    fits = type(value) in (int, float) and -_LARGEST <= value <= _LARGEST and low <= value <= high
     if not fits or (name == "lora_dropout" and value == 1):
         bounds = " from 0 to below 1" if name == "lora_dropout" else ""
         raise ConfigError(f"LoraConfig: {name} must be a finite number{bounds}, not {value!r}")

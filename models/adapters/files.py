@@ -26,7 +26,7 @@ from ...loading.checkpoint import Checkpoint
 from ...loading.files import Files
 from ...loading.header import TensorEntry, read_header
 from ...loading.source import Source
-from ...loading.strict_json import parse_json
+from ...loading.strict_json import read_json_file
 from ...loading.writer import check_writable, sync, write_safetensors
 from .attach import attach, check_head, lora_layers, outer_modules, set_adapter
 from .config import LoraConfig
@@ -73,14 +73,11 @@ def save_adapter(model: CausalLM, directory: str | os.PathLike[str], adapter_nam
 def read_config(source: Source) -> LoraConfig:
     """The checked configuration of the adapter at ``source``; NotFoundError, PathError or ConfigError."""
     path = source.require(CONFIG)
-    if path.stat().st_size > _MOST_CONFIG:
-        raise ConfigError(f"{CONFIG} of {source.describe()} is larger than {_MOST_CONFIG} bytes")
+    values = read_json_file(path, limit=_MOST_CONFIG, error=ConfigError, what="an adapter's configuration")
     try:
-        return LoraConfig.from_dict(parse_json(path.read_bytes().decode("utf-8-sig")))
+        return LoraConfig.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{CONFIG} of {source.describe()}: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{CONFIG} of {source.describe()} is not valid JSON: {error}") from error
 
 
 def load_adapter(model: CausalLM, source: Source, adapter_name: str = "default", is_trainable: bool = False) -> None:

@@ -38,8 +38,8 @@ class GenerationConfig:
     stop_strings: str | list[str] | None = None
 
     do_sample: bool | None = None
-    num_beams: int | None = ranged(None, minimum=1)
-    num_return_sequences: int | None = ranged(None, minimum=1)
+    num_beams: int | None = ranged(None, minimum=1, maximum=1 << 12)
+    num_return_sequences: int | None = ranged(None, minimum=1, maximum=1 << 16)
     early_stopping: bool | str | None = None
     length_penalty: float | None = None
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import GenerationError
+from ...loading.memory import check_memory
 from ..cache import DynamicCache, StaticCache
 from .inputs import Prompt
 from .options import Options, warn_once
@@ -29,6 +30,7 @@ class Runner:
         self.length = prompt.ids.shape[1]
         self.outputs: Any = None
         rows = prompt.rows * copies
+        _check_room(model, options, rows, prompt.ids)
         self.ids = prompt.ids.new_empty((rows, options.max_length))
         self.ids[:, : self.length] = _repeat(prompt.ids, copies)
         self._accepted = _accepted(model)
@@ -168,6 +170,16 @@ _EVERYTHING = frozenset(
         "output_hidden_states",
     }
 )
+
+
+def _check_room(model: Any, options: Options, rows: int, ids: Tensor) -> None:
+    """MemoryLimitError for lengths that no memory holds: they may come from a file."""
+    config, size = model.config, rows * options.max_length * ids.itemsize
+    if options.static_cache:
+        widths = [getattr(config, name, 1) or 1 for name in ("num_hidden_layers", "num_key_value_heads", "head_dim")]
+        window = min(getattr(config, "sliding_window", None) or options.max_length, options.max_length)
+        size += 2 * rows * window * widths[0] * widths[1] * widths[2] * model.dtype.itemsize
+    check_memory(size, f"generating {rows} sequences of up to {options.max_length} tokens")
 
 
 def _accepted(model: Any) -> frozenset[str]:

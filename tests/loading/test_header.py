@@ -29,7 +29,7 @@ def write(path: Path, header: Any, data: bytes = b"", length: int | None = None)
 
 
 dtypes = st.sampled_from([dtype for dtype in DTYPES.values() if dtype is not torch.float8_e8m0fnu])
-names = st.text(st.characters(min_codepoint=32, exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
+names = st.text(st.characters(min_codepoint=32, exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).filter(
     lambda name: "../" not in name and "..\\" not in name and name != "__metadata__"
 )
 shapes = st.lists(st.integers(0, 5), max_size=4)

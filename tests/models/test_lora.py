@@ -490,7 +490,7 @@ def test_a_huge_or_linked_configuration_file(tmp_path: Path) -> None:
     path = directory / FILES[0]
     good = path.read_bytes()
     path.write_bytes(good + b" " * (2 << 20))
-    assert "larger" in str(refused(tmp_path, directory))
+    assert "is at most" in str(refused(tmp_path, directory))
     path.unlink()
     (tmp_path / "elsewhere.json").write_bytes(good)
     path.symlink_to(tmp_path / "elsewhere.json")
