@@ -131,9 +131,7 @@ def _map(size: int) -> mmap.mmap:
             return mmap.mmap(-1, size)
         return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
-        raise MemoryLimitError(
-            f"no memory for {size} bytes of weights: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        raise MemoryLimitError(f"no memory for {size} bytes of weights: {error}") from error
 
 
 def _address(mapping: mmap.mmap) -> int:
