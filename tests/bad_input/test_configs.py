@@ -161,7 +161,7 @@ CODE = {
         RemoteCodeRefused,
         "evil.py",
     ),
-    "an auto_map that is a number": case(config(model_type="evil", auto_map=3), RemoteCodeRefused, "evil"),
+    "an auto_map that is a number": case(config(model_type="evil", auto_map=3), UnsupportedModelError, "evil"),
 }
 CASES = {**MALFORMED, **TYPES, **FIELDS, **CODE}
 FITS = {
