@@ -22,7 +22,6 @@ from loadstone.errors import (
     PathError,
     QuantizationError,
     RepoIdError,
-    UnsafeFormatError,
 )
 
 
@@ -74,7 +73,7 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "an attention that is a number": ({"attn_implementation": 3}, AttentionError, "3"),
     "an unknown kernel": ({"kernels": "tritton"}, KernelError, "did you mean 'triton'"),
     "a kernel of an unknown operation": ({"kernels": {"softmax2": "torch"}}, KernelError, "softmax2"),
-    "pickled weights asked for": ({"use_safetensors": False}, UnsafeFormatError, "can run code"),
+    "pickled weights that are not there": ({"use_safetensors": False}, NotFoundError, "leave out use_safetensors"),
     "a variant that is a path": ({"variant": "../x"}, ArgumentError, "'../x'"),
     "a variant that is not there": ({"variant": "fp16"}, NotFoundError, "variant=None"),
     "a variant that is a number": ({"variant": 16}, ArgumentError, "16"),
