@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError, GenerationError
+from ..errors import ArgumentError, GenerationError, RemoteCodeError
+from ..models.causal_lm import CausalLM
 from ..models.tokenizer import TextStream, load_tokenizer
 from ..registry import AutoModelForCausalLM
 from .output import Output, print_json
@@ -37,6 +38,10 @@ def run(arguments: argparse.Namespace) -> None:
         code_revision=arguments.code_revision,
         **hub_options(arguments),
     )
+    if not isinstance(model, CausalLM):
+        raise RemoteCodeError(
+            f"{type(model).__name__} does not derive from loadstone.CausalLM, whose generation this command drives"
+        )
     if not ids:  # an empty prompt and a tokenizer that puts nothing before it
         begin = model.generation_config.bos_token_id
         if begin is None:

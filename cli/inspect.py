@@ -8,6 +8,7 @@ from typing import Any
 from ..loading.report import human, merge_numbers
 from ..models.preview import Preview, preview
 from ..quant.config import BitsAndBytesConfig
+from ..registry.remote_class import own_model_class
 from .output import Output, count, print_json
 from .place import architecture_at, memory_of, source_of
 
@@ -20,7 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
     source = source_of(arguments)
     row = architecture_at(source, arguments)
     seen = preview(
-        row.model_class(),
+        own_model_class(row),
         source,
         dtype=arguments.dtype,
         device_map=arguments.device_map,

@@ -14,6 +14,7 @@ from ..loading.source import resolve_source
 from ..models.transcode import Quantized, quantize_checkpoint
 from ..quant.config import BitsAndBytesConfig
 from ..quant.weight_only import WeightOnlyConfig
+from ..registry.remote_class import own_model_class
 from .output import Output, print_json
 from .place import architecture_at
 
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
         local_files_only=arguments.local_files_only,
         revision=arguments.revision,
     )
-    model_class = architecture_at(source, arguments).model_class()
+    model_class = own_model_class(architecture_at(source, arguments))
     started = time.perf_counter()
     made = quantize_checkpoint(
         model_class,

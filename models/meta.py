@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 _META = torch.device("meta")
-_INITIALIZERS = frozenset(
+INITIALIZERS = frozenset(
     getattr(torch.nn.init, name)
     for name in (
         "uniform_", "normal_", "trunc_normal_", "constant_", "ones_", "zeros_", "eye_", "dirac_", "xavier_uniform_",
@@ -26,7 +26,7 @@ _INITIALIZERS = frozenset(
     for name in ("uniform_", "normal_", "fill_", "zero_", "bernoulli_", "exponential_", "random_")
 }  # fmt: skip
 _FLOATING = frozenset({torch.empty, torch.ones, torch.zeros, torch.rand, torch.randn})
-_CONSTRUCTORS = frozenset(_device_constructors())
+CONSTRUCTORS = frozenset(_device_constructors())
 
 
 class MetaBuild(TorchFunctionMode):
@@ -47,14 +47,14 @@ class MetaBuild(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _CONSTRUCTORS:
+        if func in CONSTRUCTORS:
             if kwargs.get("device") is None:
                 kwargs = {**kwargs, "device": _META}
             if func in _FLOATING and kwargs.get("dtype") is None:
                 kwargs = {**kwargs, "dtype": self.dtype}
             if func in _FLOATING and torch.device(kwargs["device"]) == _META:
                 return self._empty(args, dict(kwargs))
-        elif func in _INITIALIZERS:
+        elif func in INITIALIZERS:
             tensor = args[0] if args else kwargs.get("tensor")
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 return tensor

@@ -14,7 +14,7 @@ from ..loading.collector import collector_paused
 from ..loading.source import HUB_ARGUMENTS, Source, resolve_source
 from . import table
 from .auto_map import CONFIG
-from .choice import Trust, architecture_for, architecture_of_object, trust_of
+from .choice import Trust, architecture_for, architecture_of_object, is_configuration, trust_of
 
 if TYPE_CHECKING:
     from ..kernels import Kernels
@@ -46,9 +46,11 @@ class AutoConfig:
             kwargs.pop("trust_remote_code", None), kwargs.pop("code_revision", None), hub, hub.get("revision")
         )
         name, source, values = _read_config(pretrained_model_name_or_path, hub)
+        from .remote_class import made_config
+
         row = architecture_for(source, values, trust, CONFIG)
         kwargs.setdefault("name_or_path", name)
-        made = row.config_class().from_dict(values, **kwargs)
+        made = made_config(row.config_class(), values, **kwargs)
         config = made[0] if isinstance(made, tuple) else made
         config._commit_hash = source.commit
         return made
@@ -164,8 +166,10 @@ class AutoModelForCausalLM:
         source = Origin(variant, use_safetensors, state_dict).source(pretrained_model_name_or_path, where, config)
         trust = trust_of(trust_remote_code, code_revision, {**hub, "token": token}, revision)
         with collector_paused():
-            model_class = _row_for(source, config, {**hub, "token": token}, trust).model_class()
-            return model_class.from_pretrained(
+            from .remote_class import loader_of
+
+            load = loader_of(_row_for(source, config, {**hub, "token": token}, trust))
+            return load(
                 source,
                 *model_args,
                 config=config,
@@ -209,16 +213,16 @@ class AutoModelForCausalLM:
             and the like reach it).
         Raises UnsupportedModelError if no registered class serves the configuration, ArgumentError for other keywords.
         """
-        from ..models.configuration import PreTrainedConfig
-
-        if not isinstance(config, PreTrainedConfig):
+        if not is_configuration(config):
             raise ConfigError(
                 f"from_config takes a configuration object, got {type(config).__name__}; "
                 "AutoConfig.from_pretrained(name_or_path) makes one"
             )
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs and trust_remote_code is True}
         row = architecture_of_object(config, None, trust_of(trust_remote_code, code_revision, hub))
-        return row.model_class().from_config(config, **kwargs)
+        from .remote_class import builder_of
+
+        return builder_of(row)(config, **kwargs)
 
     @staticmethod
     def register(config_class: type[PreTrainedConfig], model_class: type[CausalLM], exist_ok: bool = False) -> None:
@@ -242,9 +246,7 @@ def _read_config(given: Any, hub: dict[str, Any]) -> tuple[str, Source, dict[str
 
 def _row_for(source: Source, config: Any, hub: dict[str, Any], trust: Trust) -> table.Architecture:
     """The row for a checkpoint whose configuration is ``config``: an object, where to read one, None for its own."""
-    from ..models.configuration import PreTrainedConfig
-
-    if isinstance(config, PreTrainedConfig):
+    if is_configuration(config):
         return architecture_of_object(config, source, trust)
     _, place, values = _read_config(source if config is None else config, hub)
     return architecture_for(place, values, trust)

@@ -91,7 +91,7 @@ def architecture_of_object(config: PreTrainedConfig, source: Source | None, trus
     that of the repository and commit which the configuration was read from.
     """
     values = {"model_type": config.model_type or None, "auto_map": getattr(config, "auto_map", None)}
-    name = config.name_or_path or type(config).__name__
+    name = getattr(config, "name_or_path", "") or type(config).__name__
     own = auto_map.references(values, name)
     if MODEL not in own:
         return table.architecture_of(config)
@@ -106,6 +106,13 @@ def architecture_of_object(config: PreTrainedConfig, source: Source | None, trus
         if reference.repository in (None, beside.repository) and reference.file in beside.files:
             return _Remote.of(config.model_type, name, own, trust, read=beside)
     return architecture_for(_source_of(config, trust) if source is None else source, values, trust)
+
+
+def is_configuration(given: Any) -> bool:
+    """Whether it is a configuration object: loadstone's, or of a class of a repository's code."""
+    from ..models.configuration import PreTrainedConfig
+
+    return isinstance(given, PreTrainedConfig) or code_of(type(given)) is not None
 
 
 def _registered_by_someone(model_type: Any) -> Architecture | None:

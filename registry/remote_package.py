@@ -7,14 +7,19 @@ Notable: the top folder's ``__init__.py`` is not run (transformers does not eith
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import re
+import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.abc import InspectLoader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import decode_source, spec_from_loader
+from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -59,6 +64,31 @@ def package_name(code: CodeFiles) -> str:
     """The top-level name of a repository's package: readable, and unique by its digest."""
     last = re.sub(r"\W+", "_", "_".join(code.repository.split("/")[-2:]))[-40:].strip("_")
     return f"{PREFIX}{last}_{code.digest[:16]}"
+
+
+def give_files(code: CodeFiles) -> None:
+    """Let the package's modules name copies of their files, as they were read, as their ``__file__``.
+
+    For classes that copy their modules' files when saved, in the way of transformers: the directory that a model came
+    from may be the one it is saved to, and may have changed. The copies go when the process ends.
+    """
+    top = package_name(code)
+    for name in _modules(top):
+        loader = getattr(sys.modules[name].__spec__, "loader", None)
+        if isinstance(loader, _Loader) and loader.file is not None and code.commit is None:
+            for file, held in code.files.items():
+                place = _copies() / top / file
+                if not place.exists():
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    place.write_bytes(held.content)
+            sys.modules[name].__file__ = str(_copies() / top / loader.file)
+
+
+@lru_cache(maxsize=1)
+def _copies() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="loadstone-code-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 class _Loader(InspectLoader):

@@ -488,13 +488,9 @@ def test_a_failure_keeps_what_was_there(place: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "words"),
     [
-        ("import torch\nclass TinyForCausalLM(torch.nn.Module): pass", "does not derive from loadstone.CausalLM"),
-        ("class TinyForCausalLM: pass", "does not derive from loadstone.CausalLM"),
+        ("class TinyForCausalLM: pass", "is no model"),
         ("import loadstone\nclass TinyForCausalLM(loadstone.CausalLM): pass", "config_class"),
-        (
-            "import loadstone\nclass TinyForCausalLM(loadstone.CausalLM):\n    config_class = 3",
-            "config_class 3",
-        ),
+        ("import loadstone\nclass TinyForCausalLM(loadstone.CausalLM):\n    config_class = 3", "config_class 3"),
     ],
 )
 def test_classes_that_do_not_fit(place: Path, base: str, words: str) -> None:
@@ -502,7 +498,7 @@ def test_classes_that_do_not_fit(place: Path, base: str, words: str) -> None:
     with pytest.raises(RemoteCodeError, match=words):
         trusted(place)
     (place / "configuration_tiny.py").write_text("class TinyConfig(dict): pass")
-    with pytest.raises(RemoteCodeError, match=r"does not derive from loadstone\.PreTrainedConfig"):
+    with pytest.raises(RemoteCodeError, match=r"is no configuration"):
         AutoConfig.from_pretrained(place, trust_remote_code=True)
 
 
