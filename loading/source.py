@@ -293,7 +293,8 @@ def _only_a_path(name: str) -> bool:
 def _not_a_directory(name: str, path: Path) -> Exception:
     if path.is_symlink() and not path.exists():
         return NotFoundError(f"{name!r} is a symbolic link to {os.readlink(path)!r}, which does not exist")
-    return PathError(f"{name!r} is a file; pass the directory that holds the checkpoint: {str(path.parent)!r}")
+    more = f" and gguf_file={path.name!r}" if name.endswith(".gguf") else ""
+    return PathError(f"{name!r} is a file; pass the directory that holds the checkpoint: {str(path.parent)!r}{more}")
 
 
 def _missing_directory(name: str, path: Path) -> NotFoundError:

@@ -194,6 +194,10 @@ class PreTrainedConfig:
         """The parsed config.json of a directory, a repository id or the file itself; see `from_pretrained`."""
         from ..loading.source import resolve_source
 
+        if (gguf_file := kwargs.pop("gguf_file", None)) is not None:
+            from .gguf import read_gguf_config
+
+            return read_gguf_config(resolve_source(name_or_path, **kwargs), gguf_file, cls)
         if isinstance(name_or_path, (str, os.PathLike)) and os.path.isfile(name_or_path):
             return read_config_file(Path(name_or_path))
         return read_config_file(resolve_source(name_or_path, **kwargs).require("config.json"))
@@ -211,25 +215,29 @@ class PreTrainedConfig:
         revision: str | None = None,
         subfolder: str = "",
         verify: str | bool | None = None,
+        gguf_file: str | None = None,
         return_unused_kwargs: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Read config.json from a directory, a Hub repository or a file; other arguments override its fields.
 
+        gguf_file: a GGUF file there, whose metadata is read in place of config.json.
+
         Raises NotFoundError if there is none, ConfigError if it is malformed or of another ``model_type``.
         """
         from ..loading.source import Source
 
-        hub = {
+        hub: dict[str, Any] = {
             "cache_dir": cache_dir,
             "force_download": force_download,
             "local_files_only": local_files_only,
             "proxies": proxies,
+            "token": token,
+            "revision": revision,
+            "subfolder": subfolder,
             "verify": verify,
         }
-        values = cls.get_config_dict(
-            pretrained_model_name_or_path, **hub, token=token, revision=revision, subfolder=subfolder
-        )
+        values = cls.get_config_dict(pretrained_model_name_or_path, **hub, gguf_file=gguf_file)
         given = values.get("model_type")
         if cls.model_type and given not in (None, cls.model_type):
             raise ConfigError(

@@ -21,14 +21,19 @@ class Origin(NamedTuple):
     variant: str | None = None
     use_safetensors: bool | None = None
     state_dict: Mapping[str, Tensor] | None = None
+    gguf_file: str | None = None
 
     def source(self, name_or_path: str | os.PathLike[str] | Source | None, hub: dict[str, Any], config: Any) -> Source:
         """The directory or repository. Without a name, which needs ``state_dict`` and a configuration, one of no files.
 
         hub: keywords of `resolve_source`. Raises ArgumentError for arguments that contradict each other.
         """
-        if self.state_dict is not None and self.variant is not None:
-            raise ArgumentError("variant= chooses files of weights, and state_dict= was given in their place; drop one")
+        chosen = {"state_dict": self.state_dict, "gguf_file": self.gguf_file, "variant": self.variant}
+        given = [name for name, value in chosen.items() if value is not None]
+        if len(given) > 1:
+            raise ArgumentError(f"{'= and '.join(given)}= each say where the weights come from; pass one of them")
+        if self.gguf_file is not None:
+            return resolve_source(name_or_path, **hub)  # type: ignore[arg-type]  # None is an error of its own there
         if name_or_path is not None:
             return with_base(resolve_source(name_or_path, **hub), hub)
         if self.state_dict is None or not isinstance(config, PreTrainedConfig):
@@ -46,4 +51,8 @@ class Origin(NamedTuple):
             from ..loading.state_dict import held_checkpoint
 
             return held_checkpoint(self.state_dict)
+        if self.gguf_file is not None:
+            from .gguf import gguf_weights
+
+            return gguf_weights(source, self.gguf_file)
         return open_checkpoint(source, variant=self.variant, use_safetensors=self.use_safetensors, early=True)

@@ -38,6 +38,7 @@ logger = logging.getLogger("loadstone.models")
 _Model = TypeVar("_Model", bound="CausalLM")
 _LOAD_ARGUMENTS = (
     "config", "dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation", "kernels", "state_dict",
+    "gguf_file",
     "quantization_config", "variant", "use_safetensors", "key_mapping", "ignore_mismatched_sizes", "strict",
     "output_loading_info", "generation_config", "trust_remote_code", "code_revision", "progress", "disable_mmap",
 )  # fmt: skip
@@ -59,6 +60,7 @@ def load_pretrained(
     variant: str | None = None,
     use_safetensors: bool | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
+    gguf_file: str | None = None,
     key_mapping: Mapping[str, str] | None = None,
     ignore_mismatched_sizes: bool = False,
     strict: bool = False,
@@ -79,9 +81,9 @@ def load_pretrained(
     hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
     for name in _NO_EFFECT:
         kwargs.pop(name, None)
-    origin = Origin(variant, use_safetensors, state_dict)
+    origin = Origin(variant, use_safetensors, state_dict, gguf_file)
     source = origin.source(name_or_path, hub, config)
-    config = _configuration(cls, source, config, kwargs, hub)
+    config = _configuration(cls, source, config, kwargs, hub, gguf_file)
     selection = _choose(config, attn_implementation, kernels)
     quantizer = choose_quantizer(source.name, config, quantization_config)
     checkpoint = origin.checkpoint(source)
@@ -142,7 +144,7 @@ def declarations(model: CausalLM) -> dict[str, Any]:
 
 
 def _configuration(
-    cls: type[CausalLM], source: Source, given: Any, kwargs: dict[str, Any], hub: dict[str, Any]
+    cls: type[CausalLM], source: Source, given: Any, kwargs: dict[str, Any], hub: dict[str, Any], gguf_file: str | None
 ) -> PreTrainedConfig:
     """The configuration to build from: the caller's, copied, or the checkpoint's with the caller's overrides."""
     expected = cls.config_class
@@ -162,7 +164,8 @@ def _configuration(
         if not expected.has_field(name):
             raise _unknown_argument(cls, name)
     if given is None:
-        config = expected.from_pretrained(source, **kwargs)
+        place: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+        config = expected.from_pretrained(source, **place, **kwargs)
         config._commit_hash = source.commit
         return config
     return expected.from_pretrained(given, **hub, **{**kwargs, "name_or_path": source.name})

@@ -34,9 +34,9 @@ class AutoConfig:
 
         pretrained_model_name_or_path: a directory, a Hub repository id, or a configuration file. ``cache_dir``,
             ``force_download``, ``local_files_only``, ``proxies``, ``token``, ``revision``, ``subfolder``, ``verify``,
-            ``trust_remote_code`` and ``code_revision`` as for `AutoModelForCausalLM.from_pretrained`; other arguments
-            override fields. With ``return_unused_kwargs=True`` returns the pair (configuration, arguments that are no
-            fields).
+            ``trust_remote_code``, ``code_revision`` and ``gguf_file`` as for `AutoModelForCausalLM.from_pretrained`;
+            other arguments override fields. With ``return_unused_kwargs=True`` returns the pair (configuration,
+            arguments that are no fields).
         Raises NotFoundError if there is no config.json, ConfigError if it is malformed, UnsupportedModelError if its
             model_type is missing or unknown, RemoteCodeRefused if only the repository's code could serve it, and
             RemoteCodeError if that is allowed and does not work.
@@ -45,7 +45,7 @@ class AutoConfig:
         trust = trust_of(
             kwargs.pop("trust_remote_code", None), kwargs.pop("code_revision", None), hub, hub.get("revision")
         )
-        name, source, values = _read_config(pretrained_model_name_or_path, hub)
+        name, source, values = _read_config(pretrained_model_name_or_path, hub, kwargs.pop("gguf_file", None))
         from .remote_class import made_config
 
         row = architecture_for(source, values, trust, CONFIG)
@@ -88,6 +88,7 @@ class AutoModelForCausalLM:
         variant: str | None = None,
         use_safetensors: bool | None = None,
         state_dict: Mapping[str, torch.Tensor] | None = None,
+        gguf_file: str | None = None,
         key_mapping: Mapping[str, str] | None = None,
         ignore_mismatched_sizes: bool = False,
         strict: bool = False,
@@ -129,6 +130,8 @@ class AutoModelForCausalLM:
             shards instead; what a pickle asks to run is refused, never run.
         state_dict: the weights, instead of the checkpoint's; tensors that fit as they are become the model's own,
             without a copy. With ``config=`` the first argument can be None.
+        gguf_file: the name of a GGUF file there, of a Llama or Mistral model: configuration and weights are its own.
+            Blocks of any common type are decoded (by the package gguf) to ``dtype``, or quantized anew.
         key_mapping: {regular expression: replacement}, applied to the checkpoint's keys.
         ignore_mismatched_sizes: initialise parameters whose shapes differ instead of raising. strict: raise if
             anything is missing or unexpected, instead of initialising and reporting it.
@@ -163,12 +166,13 @@ class AutoModelForCausalLM:
             "verify": verify,
         }
         where = {**hub, "token": token, "revision": revision, "subfolder": subfolder}
-        source = Origin(variant, use_safetensors, state_dict).source(pretrained_model_name_or_path, where, config)
+        origin = Origin(variant, use_safetensors, state_dict, gguf_file)
+        source = origin.source(pretrained_model_name_or_path, where, config)
         trust = trust_of(trust_remote_code, code_revision, {**hub, "token": token}, revision)
         with collector_paused():
             from .remote_class import loader_of
 
-            load = loader_of(_row_for(source, config, {**hub, "token": token}, trust))
+            load = loader_of(_row_for(source, config, {**hub, "token": token}, trust, gguf_file))
             return load(
                 source,
                 *model_args,
@@ -183,6 +187,7 @@ class AutoModelForCausalLM:
                 variant=variant,
                 use_safetensors=use_safetensors,
                 state_dict=state_dict,
+                gguf_file=gguf_file,
                 key_mapping=key_mapping,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 strict=strict,
@@ -233,10 +238,15 @@ class AutoModelForCausalLM:
         table.register_model(config_class, model_class, exist_ok=exist_ok)
 
 
-def _read_config(given: Any, hub: dict[str, Any]) -> tuple[str, Source, dict[str, Any]]:
-    """Name, place and contents of a configuration: a directory's, a repository's, or a file's."""
+def _read_config(given: Any, hub: dict[str, Any], gguf_file: str | None = None) -> tuple[str, Source, dict[str, Any]]:
+    """Name, place and contents of a configuration: a directory's, a repository's, a file's, or a GGUF file's."""
     from ..models.configuration import read_config_file
 
+    if gguf_file is not None:
+        from ..models.gguf import read_gguf_config
+
+        source = resolve_source(given, **hub)
+        return source.name, source, read_gguf_config(source, gguf_file)
     if isinstance(given, (str, os.PathLike)) and os.path.isfile(given):
         path = Path(given)
         return str(given), resolve_source(path.absolute().parent), read_config_file(path)
@@ -244,11 +254,13 @@ def _read_config(given: Any, hub: dict[str, Any]) -> tuple[str, Source, dict[str
     return source.name, source, read_config_file(source.require("config.json"))
 
 
-def _row_for(source: Source, config: Any, hub: dict[str, Any], trust: Trust) -> table.Architecture:
+def _row_for(
+    source: Source, config: Any, hub: dict[str, Any], trust: Trust, gguf_file: str | None
+) -> table.Architecture:
     """The row for a checkpoint whose configuration is ``config``: an object, where to read one, None for its own."""
     if is_configuration(config):
         return architecture_of_object(config, source, trust)
-    _, place, values = _read_config(source if config is None else config, hub)
+    _, place, values = _read_config(source, hub, gguf_file) if config is None else _read_config(config, hub)
     return architecture_for(place, values, trust)
 
 

@@ -109,6 +109,8 @@ def _load_guest(cls: Any, row: Architecture, source: Any, *model_args: Any, **ar
         )
     for name in ("trust_remote_code", "code_revision"):
         arguments.pop(name, None)
+    if arguments.pop("gguf_file", None) is not None:
+        raise ArgumentError(f"gguf_file= needs a class of loadstone's, and {cls.__name__} is of {row.origin}")
     config_class = getattr(cls, "config_class", None)
     if not callable(getattr(config_class, "from_dict", None)):  # of a class that does not say
         config_class = row.config_class()
