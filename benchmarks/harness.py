@@ -60,7 +60,7 @@ class PrivateMemory:
         with open("/proc/self/status") as status:
             for line in status:
                 if line.startswith("RssAnon:"):
-                    return int(line.split()[1]) / 1e3
+                    return int(line.split()[1]) * 1024 / 1e6
         return float("nan")
 
 

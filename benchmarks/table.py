@@ -39,7 +39,42 @@ def section() -> str:
         "and int8 (`llama1b`, with bitsandbytes) `python -m benchmarks.quantization`; raw figures and charts in "
         "`benchmarks/results`."
     )
-    return "\n".join([*lines, "", explanation, *_compact_section()])
+    return "\n".join([*lines, "", explanation, *_paths_section(), *_compact_section()])
+
+
+def _paths_section() -> list[str]:
+    """Every way of loading against its limit and other loaders: nothing if it has not been measured."""
+    file = RESULTS / "loading_paths.json"
+    if not file.exists():
+        return []
+    result = json.loads(file.read_text())
+    peers = list(dict.fromkeys(row["peer"] for row in result["rows"] if row["peer"] != "limit"))
+    absent = f" Not installed, and not measured: {', '.join(result['missing'])}." if result["missing"] else ""
+    head = (
+        "Every way that weights come by, everything imported. The limit is a bare loop over the same bytes in the same "
+        "run; beside it what a load takes of it (1.00 would be as fast), what private memory it needs beyond the "
+        "model's own, and how many times as long other loaders take, which bring tensors and no model: `python -m "
+        f"benchmarks.loading_paths`.{absent}"
+    )
+    columns = ["checkpoint", "way", "s", "times the limit", "MB beyond", *peers]
+    lines = ["", head, "", f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
+    for name in dict.fromkeys(row["row"] for row in result["rows"]):
+        rows = {row["peer"]: row for row in result["rows"] if row["row"] == name}
+        lines += [_way(name, way, rows, peers) for way in next(iter(rows.values()))["work"]["ways"]]
+    return lines
+
+
+def _way(name: str, way: str, rows: dict[str, dict[str, Any]], peers: list[str]) -> str:
+    first = next(iter(rows.values()))
+    ours = first[f"{way}, s"]["loadstone"]
+    limit = rows.get("limit", first)["targets"].get(f"{way}, times the limit")
+    beyond = first["targets"].get(f"{way}, MB beyond the model")
+    cells = [f"{limit['found']:.2f}" if limit else "", f"{max(beyond['found'], 0):.0f}" if beyond else ""]
+    for peer in peers:
+        value = rows[peer].get(f"{way}, s", {}) if peer in rows else {}
+        cells.append(f"{value['ratio']:.2f} ({value['spread'][0]:.2f} to {value['spread'][1]:.2f})"
+                     if value.get("ratio") else "")  # fmt: skip
+    return f"| {name} | {way} | {_number(ours)} | {' | '.join(cells)} |"
 
 
 def _compact_section() -> list[str]:

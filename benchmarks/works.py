@@ -39,8 +39,9 @@ GPT2_SMALL = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype
 
 
 def path_of(work: str) -> Path:
-    """The directory of ``llama1b``, ``llama8b``, ``llama_small``, ``llama_tiny``, ``gpt2s``, ``smollm2`` or
-    ``llama70b`` (headers and holes), made if need be. RuntimeError if what ``smollm2`` is made from is missing."""
+    """The directory of ``llama1b``, ``llama8b``, ``llama_small``, ``llama_tiny``, ``gpt2s``, ``smollm2``,
+    ``llama70b`` (headers and holes) or ``paths_...`` (a block of numbers over and over), made if need be. RuntimeError
+    if what ``smollm2`` is made from is missing."""
     directory = CACHE / work
     if (directory / "config.json").exists():
         return directory
@@ -52,6 +53,8 @@ def path_of(work: str) -> Path:
     staged.mkdir(parents=True)
     if work == "llama70b":
         _llama_70b(staged)
+    elif work in _REPEATED:
+        _repeated(staged, *_REPEATED[work])
     else:
         _random(staged, *_RANDOM[work])
     staged.rename(directory)
@@ -64,6 +67,13 @@ _RANDOM: dict[str, tuple[dict[str, Any], str]] = {  # configuration and size of 
     "llama_small": (LLAMA_SMALL, "5GB"),
     "llama_tiny": (LLAMA_TINY, "5GB"),
     "gpt2s": (GPT2_SMALL, "5GB"),
+}
+
+
+_REPEATED: dict[str, tuple[str, int, int]] = {  # dtype, layers, shards
+    "paths_bf16": ("bfloat16", 12, 1),
+    "paths_fp32": ("float32", 5, 1),
+    "paths_shards": ("bfloat16", 12, 100),
 }
 
 
@@ -90,33 +100,53 @@ def _random(directory: Path, config: dict[str, Any], max_shard_size: str) -> Non
 
 def _llama_70b(directory: Path) -> None:
     """30 shards whose headers are real and whose data is a hole: 141 GB that take no room."""
+    _shards(directory, {**LLAMA_70B}, 30, None)
+
+
+def _repeated(directory: Path, dtype: str, layers: int, shards: int) -> None:
+    """TinyLlama's shape, written at the speed of the disk: one block of random numbers is all of its weights."""
+    import torch
+
+    torch.manual_seed(0)
+    block = torch.randn(4 << 20).mul_(0.02).to(getattr(torch, dtype)).view(torch.uint8)
+    values = {**LLAMA_1B, "dtype": dtype, "num_hidden_layers": layers}
+    _shards(directory, values, shards, block.numpy().tobytes())
+
+
+def _shards(directory: Path, values: dict[str, Any], count: int, block: bytes | None) -> None:
+    """A Llama's shards with real headers; data is ``block`` again and again, None: a hole."""
     import torch
 
     from loadstone import AutoConfig
+    from loadstone.loading.writer import DTYPE_NAMES
     from loadstone.models.llama import LlamaForCausalLM
     from loadstone.models.pretrained import build_on_meta
 
-    values = dict(LLAMA_70B)
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    model = build_on_meta(LlamaForCausalLM, config)
-    tensors = [(name, list(p.shape)) for name, p in model.state_dict().items()]
-    per_shard = math.ceil(len(tensors) / 30)
+    fields = dict(values)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    dtype = getattr(torch, values["dtype"])
+    tensors = [(name, list(p.shape)) for name, p in build_on_meta(LlamaForCausalLM, config).state_dict().items()]
+    per_shard = math.ceil(len(tensors) / count)
     weight_map, total = {}, 0
-    for index in range(30):
-        name = f"model-{index + 1:05d}-of-00030.safetensors"
+    groups = [tensors[begin : begin + per_shard] for begin in range(0, len(tensors), per_shard)]
+    for number, group in enumerate(groups):
+        name = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors" if count > 1 else "model.safetensors"
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for tensor, shape in tensors[index * per_shard : (index + 1) * per_shard]:
-            size = math.prod(shape) * torch.bfloat16.itemsize
-            header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        for tensor, shape in group:
+            size = math.prod(shape) * dtype.itemsize
+            header[tensor] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [end, end + size]}
             end += size
             weight_map[tensor] = name
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         with open(directory / name, "wb") as shard:
             shard.write(struct.pack("<Q", len(text)) + text)
+            for begin in range(0, end if block else 0, len(block or b" ")):
+                shard.write(block[: end - begin])  # type: ignore[index]
             shard.truncate(8 + len(text) + end)
         total += end
-    index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
-    (directory / "model.safetensors.index.json").write_text(index_text)
-    (directory / "config.json").write_text(json.dumps(LLAMA_70B))
+    if count > 1:
+        index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+        (directory / "model.safetensors.index.json").write_text(index_text)
+    (directory / "config.json").write_text(json.dumps(values))

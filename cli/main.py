@@ -25,6 +25,7 @@ BENCHMARKS = (
     "qlora",
     "forward",
     "loading",
+    "loading-paths",
     "imports",
 )
 

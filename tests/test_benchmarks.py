@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import mmap
 import os
 import subprocess
 import sys
@@ -448,6 +449,80 @@ def test_models_of_qlora() -> None:
             assert (work["batch"], work["length"]) == sizes[device]
 
 
+# Ways of loading
+
+
+def test_ways_against_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is derived, written, drawn and put into the README's table."""
+    pytest.importorskip("matplotlib")
+    paths, table = module("loading_paths"), module("table")
+    work = {"stored": "float32", "dtype": "bfloat16", "bytes": 10_000_000, "ways": ["mapped", "cast"]}
+    seconds = {"loadstone": 1.0, "ratio": 2.0, "spread": [1.5, 2.5]}
+    rows: list[dict[str, Any]] = []
+    for peer, ratio in (("transformers", 2.0), ("limit", 0.8)):
+        row = {"row": "one", "peer": peer, "work": work, "cast, s": {**seconds, peer: ratio, "ratio": ratio}}
+        row["mapped, s"] = {"loadstone": 0.01, peer: "nothing has to be moved"}
+        row["mapped, MB"] = {"loadstone": 0.25, peer: 1.0, "ratio": 4.0, "spread": [4.0, 4.0]}
+        row["cast, MB"] = {"loadstone": 7.0, peer: "not counted"}
+        rows.append(row)
+    paths.derive(rows, work)
+    targets = rows[1]["targets"]
+    assert targets["cast, times the limit"] == {"wanted": 1.2, "found": pytest.approx(1.25)}
+    assert targets["cast, MB beyond the model"] == {"wanted": 256.0, "found": pytest.approx(2.0)}
+    assert targets["mapped, MB beyond the model"]["found"] == 0.25
+    assert "mapped, times the limit" not in targets
+    assert "ratio" not in rows[0]["mapped, MB"]
+    paths.chart(tmp_path / "chart.png", rows)
+    assert (tmp_path / "chart.png").stat().st_size > 5_000
+    (tmp_path / "loading_paths.json").write_text(json.dumps({"rows": rows, "missing": {"fastsafetensors": "why"}}))
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    lines = table._paths_section()
+    assert "Not installed, and not measured: fastsafetensors." in lines[1]
+    assert lines[-2:] == ["| one | mapped | 0.01 |  | 0 |  |", "| one | cast | 1 | 1.25 | 2 | 2.00 (1.50 to 2.50) |"]
+
+
+@pytest.mark.parametrize("side", ["loadstone", "transformers", "safetensors"])
+def test_all_sides_bring_the_same_tensors(side: str, tiny_checkpoint: str) -> None:
+    pytest.importorskip(side)
+    peers = module("loading_peers")
+    work = {"path": tiny_checkpoint, "stored": "bfloat16", "dtype": "float32", "bytes": 1}
+    wanted = peers.loader("safetensors", "mapped", work)()
+    assert len(wanted) > 10
+    for way in module("loading_paths").WARM:
+        held = peers.loader(side, way, work)()
+        found = held if isinstance(held, dict) else held.state_dict()
+        dtype = torch.float32 if "cast" in way else torch.bfloat16
+        assert all(torch.equal(found[name], tensor.to(dtype)) for name, tensor in wanted.items())
+        if side == "loadstone":
+            assert (held.load_report.not_mapped is not None) == ("read" in way)
+
+
+class Kept(mmap.mmap):
+    """Memory that can be looked at after it was given back."""
+
+    def close(self) -> None:
+        pass
+
+
+def test_limits_move_all_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = module("loading_limits")
+    files = [tmp_path / "a", tmp_path / "b"]
+    numbers = [torch.randn(5_000), torch.randn(3_000)]
+    for file, values in zip(files, numbers, strict=True):
+        file.write_bytes(values.numpy().tobytes())
+    held: list[Any] = []
+    monkeypatch.setattr(limits, "least", lambda work, prepare, tries=1: (prepare(), work(2, 4096), 0.5)[2])
+    monkeypatch.setattr(limits, "fresh", lambda size: held.append(Kept(-1, size)) or held[-1])
+    assert limits.read(files) == limits.read(files, cold=True) == 0.5
+    for number in range(4):
+        assert held[number][: 4 * numbers[number % 2].numel()] == files[number % 2].read_bytes()
+    assert limits.cast(files, torch.float32, torch.bfloat16) == 0.5
+    for number in range(2):
+        made = torch.frombuffer(held[4 + number], dtype=torch.bfloat16, count=numbers[number].numel())
+        assert torch.equal(made, numbers[number].bfloat16())
+    assert limits.touch(files) == 0.5
+
+
 # Each script
 
 
@@ -472,6 +547,22 @@ def test_quick_runs_write_their_results(name: str, arguments: tuple[str, ...], t
         assert [row["peer"] for row in result["rows"]] == [None]
         assert len(result["rows"][0]["losses"]["loadstone"]) == result["rows"][0]["work"]["steps"]
     assert {path.name for path in tmp_path.glob("*.*")} == {f"{name}_cpu.json", "sitecustomize.py"}
+
+
+def test_a_quick_run_of_the_ways_of_loading(tmp_path: Path) -> None:
+    """Without other loaders, which are named; without matplotlib."""
+    absent = ("transformers", "fastsafetensors", "runai_model_streamer", "matplotlib")
+    arguments = ("--quick", "--rounds", "1", "--only", "fp32")
+    out = run("loading_paths", tmp_path, *arguments, without=absent)
+    assert "fastsafetensors is not installed" in out
+    result = json.loads((tmp_path / "loading_paths.json").read_text())
+    assert {"date", "commit", "versions", "machine", "ceilings"} <= set(result)
+    assert set(result["missing"]) == set(absent[:3])
+    assert [row["peer"] for row in result["rows"]] == ["safetensors", "limit"]
+    limit = result["rows"][1]
+    for way in limit["work"]["ways"]:
+        assert limit["targets"][f"{way}, times the limit"]["found"] > 0
+        assert limit["targets"][f"{way}, MB beyond the model"]["found"] < 64
 
 
 @pytest.mark.parametrize(("name", "package"), [("imports", "transformers"), ("quantization", "bitsandbytes")])
