@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import ArgumentError, nearest
+from ..errors import ArgumentError, RemoteCodeError, nearest
 from ..loading.code_files import CodeFiles, read_reached
 
 logger = logging.getLogger("loadstone.models")
@@ -31,6 +31,10 @@ def check_auto_class(cls: type, auto_class: Any, expected: str) -> str:
     if name != expected:
         close = nearest(name, [expected])
         raise ArgumentError(f"{cls.__name__} can be registered for {expected}, not for {name!r}{close}")
+    if cls.__module__.partition(".")[0] == __name__.partition(".")[0]:
+        raise ArgumentError(
+            f"{cls.__name__} is loadstone's own, and whoever loads the checkpoint has it; register classes of yours"
+        )
     if cls.__module__ == "__main__":
         logger.warning(
             "%s is defined in __main__, so its code cannot be saved along with it; put it into a module of its own",
@@ -78,19 +82,20 @@ def _code_for(cls: type) -> tuple[str, dict[str, bytes]] | None:
         if f"{module}.py" not in code.files:
             module += "/__init__"
         return module, {name: file.content for name, file in code.files.items()}
+    reason = f"it is defined in {cls.__module__}, not at the top of a module's file"
     try:
-        path = Path(inspect.getfile(cls)) if cls.__module__ != "__main__" else None
-    except (TypeError, OSError):
-        path = None
-    if path is None or not path.is_file() or cls.__qualname__ != cls.__name__:
-        logger.warning(
-            "The code of %s is not saved: it is defined in %s, not in a module's file; whoever loads the checkpoint "
-            "has to register the class first",
-            cls.__qualname__,
-            cls.__module__,
-        )
-        return None
-    return _module_files(cls.__module__, path)
+        path = Path(inspect.getfile(cls))
+        if cls.__module__ != "__main__" and path.suffix == ".py" and cls.__qualname__ == cls.__name__:
+            return _module_files(cls.__module__, path)
+    except (TypeError, OSError, RemoteCodeError) as error:
+        reason = f"{reason} ({error})" if isinstance(error, TypeError) else str(error)
+    # No error: at the end of a training, nothing else may be lost for want of a file.
+    logger.warning(
+        "The code of %s is not saved: %s. Whoever loads the checkpoint has to register the class first",
+        cls.__qualname__,
+        reason,
+    )
+    return None
 
 
 def _module_files(module: str, path: Path) -> tuple[str, dict[str, bytes]]:

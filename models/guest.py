@@ -109,7 +109,7 @@ def new_guest(
     cls: type[nn.Module], config: Any, *, dtype: Any = None, torch_dtype: Any = None, **options: Any
 ) -> nn.Module:
     """A model of a guest's class with the weights that its ``__init__`` gives it, in training mode."""
-    attention = options.pop("attn_implementation", None)
+    config, attention = copy.deepcopy(config), options.pop("attn_implementation", None)
     for name in options:
         raise ArgumentError(f"from_config got {name!r}, which needs a class of loadstone's, not {cls.__name__}")
     if attention is not None:

@@ -17,9 +17,10 @@ import tiny
 import torch
 from remote_code import AUTO_MAP, CODE
 
+import loadstone
 from loadstone import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from loadstone.cli import main
-from loadstone.errors import ArgumentError, PathError
+from loadstone.errors import ArgumentError, PathError, RemoteCodeRefused
 
 
 def trusted(place: Path, **options: Any) -> Any:
@@ -151,6 +152,9 @@ def test_registering_for_another_auto_class() -> None:
     for auto_class in ("AutoModel", "AutoModelForCausalML", AutoConfig, 3):
         with pytest.raises(ArgumentError, match="can be registered for AutoModelForCausalLM"):
             Mine.register_for_auto_class(auto_class)
+    for ours, auto_class in ((LlamaForCausalLM, AutoModelForCausalLM), (LlamaConfig, "AutoConfig")):
+        with pytest.raises(ArgumentError, match="loadstone's own"):
+            ours.register_for_auto_class(auto_class)
     with pytest.raises(ArgumentError, match="can be registered for AutoConfig"):
         LlamaConfig.register_for_auto_class("AutoModelForCausalLM")
     assert Mine._auto_class is None
@@ -169,6 +173,35 @@ def test_a_class_without_a_file_is_saved_with_a_warning(
     assert ("cannot be saved along with it" in caplog.text) == (module == "__main__")
     assert auto_map_of(tmp_path) is None
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
+
+
+def test_code_that_cannot_be_read_is_not_saved(package: Any, tmp_path: Path, caplog: Any) -> None:
+    modeling = package("models.modeling_tiny")
+    modeling.TinyForCausalLM.register_for_auto_class()
+    model = modeling.TinyForCausalLM(modeling.TinyConfig(**tiny.values("llama")))
+    (tmp_path / "site" / "mine" / "models" / "constants.py").write_bytes(b"#" * (9 << 20))
+    model.save_pretrained(tmp_path / "saved")
+    assert "constants.py" in caplog.text
+    assert "is not saved" in caplog.text
+    assert (tmp_path / "saved" / "model.safetensors").exists()
+    assert not python_files(tmp_path / "saved")
+
+
+def test_an_adapter_on_a_base_with_code_of_its_own(place: Path, tmp_path: Path) -> None:
+    model = trusted(place)
+    model.add_adapter(loadstone.LoraConfig(r=2, target_modules=["q_proj"]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    wanted = remote_code.logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert not python_files(tmp_path / "adapter")
+    for trust in (None, False):
+        with pytest.raises(RemoteCodeRefused, match="own-code"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", trust_remote_code=trust)
+    again = trusted(tmp_path / "adapter")
+    assert type(again) is type(model)
+    assert torch.equal(remote_code.logits(again), wanted)
 
 
 def test_code_cannot_take_the_place_of_weights(tmp_path: Path) -> None:

@@ -351,6 +351,7 @@ def test_classes_in_a_subfolder(place: Path) -> None:
 
 # Hostile references
 
+KEYS = st.sampled_from([*AUTO_MAP, "AutoModel", "AutoTokenizer", "", "x"])
 HOSTILE = [
     "../../x.Cls", "../x.Cls", "a;b.C", "/etc/passwd.C", "/x.Cls", "C:\\x.Cls", "a\\b.C", "a\0b.C", "a.\0C", "..Cls",
     ".Cls", "x.", "x", "", ".", "--", "--x.C", "a--b--x.C", "/x--m.C", "../up--m.C", "a/b/c--m.C", "./m.C", "m//n.C",
@@ -396,6 +397,22 @@ def test_no_reference_names_anything_outside(given_text: str) -> None:
     assert reference.name.isidentifier()
     assert reference.repository is None or reference.repository.count("/") <= 1
     assert str(reference).replace("/", ".").endswith(given_text.rpartition("--")[2].replace("/", "."))
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.sampled_from(["m.C", "a--b.C"])
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner), max_leaves=6)
+
+
+@given(VALUES | st.dictionaries(KEYS, VALUES, max_size=4), st.sampled_from([None, False, True, 1]))
+@tiny.examples(200)
+def test_any_auto_map_is_refused_or_an_error(place: Path, auto_map: Any, trust: Any) -> None:
+    """No file of the names given is there: whatever the map holds, nothing but a typed error comes of it."""
+    before = remote_code.loaded()
+    (place / "config.json").write_text(json.dumps({"model_type": "odd", "auto_map": auto_map}))
+    for door in DOORS:
+        with pytest.raises(LoadstoneError):
+            door.from_pretrained(place, trust_remote_code=trust, local_files_only=True)
+    assert remote_code.loaded() == before
 
 
 def test_links_out_of_the_repository(place: Path, tmp_path: Path) -> None:

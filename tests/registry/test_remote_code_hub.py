@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,15 @@ import pytest
 import remote_code
 from remote_code import AUTO_MAP, CODE
 
-from loadstone import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
-from loadstone.errors import NotFoundError, OfflineError, RemoteCodeError, RemoteCodeRefused
+from loadstone import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from loadstone.errors import (
+    HubError,
+    IntegrityError,
+    NotFoundError,
+    OfflineError,
+    RemoteCodeError,
+    RemoteCodeRefused,
+)
 from loadstone.registry import choice
 
 NAME = "org/own-code"
@@ -210,3 +218,58 @@ def test_push_to_hub_carries_the_code(hub: Any, repo: Any) -> None:
     _, files = hub.repos["me/copy"].at("main")
     assert {name for name in files if name.endswith(".py")} == set(CODE)
     assert trusted("me/copy").scale == 6.0
+
+
+@pytest.mark.parametrize("file", ["modeling_tiny.py", "parts/scale.py"])
+@pytest.mark.parametrize("fault", [401, 403, 429, 500, 503, "half"])
+def test_faults_while_code_is_fetched(hub: Any, repo: Any, file: str, fault: Any, monkeypatch: Any) -> None:
+    """A typed error, nothing run or left, and the next load works."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    before = remote_code.loaded()
+
+    def answer(handler: Any) -> bool:
+        if not handler.path.endswith(file) or (fault == "half" and handler.command == "HEAD"):
+            return False
+        if fault == "half":
+            handler.answer(200, b"import", Content_Length=str(len(CODE[file])))
+            handler.close_connection = True
+        else:
+            handler.error(fault)
+        return True
+
+    hub.fault = answer
+    with pytest.raises(HubError, match=NAME):
+        trusted()
+    assert remote_code.loaded() == before
+    hub.fault = None
+    assert trusted().scale == 6.0
+
+
+def test_code_that_is_not_what_the_hub_hashed_does_not_run(hub: Any, repo: Any, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    evil = f"open({str(ran)!r},'w')".encode()
+
+    def answer(handler: Any) -> bool:
+        if handler.command != "GET" or not handler.path.endswith("configuration_tiny.py"):
+            return False
+        size = len(CODE["configuration_tiny.py"])
+        handler.answer(200, evil + b"#" * (size - len(evil)))
+        return True
+
+    assert len(evil) < len(CODE["configuration_tiny.py"])
+    hub.fault = answer
+    with pytest.raises(IntegrityError, match=r"'configuration_tiny\.py'.*hash differs"):
+        trusted(verify="sha256")
+    assert not ran.exists()
+    hub.fault = None
+    assert trusted(verify="sha256").scale == 6.0
+
+
+def test_offline_with_part_of_the_code(hub: Any, repo: Any) -> None:
+    AutoConfig.from_pretrained(NAME, trust_remote_code=True)  # the files of both classes are fetched
+    with pytest.raises(HubError, match=r"only what is cached.*has no weights"):
+        trusted(local_files_only=True)
+    hub.repo("org/half", remote_code.files())
+    LlamaConfig.get_config_dict("org/half")
+    with pytest.raises(OfflineError, match=r"'configuration_tiny\.py' of repository 'org/half'"):
+        AutoConfig.from_pretrained("org/half", trust_remote_code=True, local_files_only=True)
