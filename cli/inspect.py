@@ -6,9 +6,10 @@ import argparse
 from typing import Any
 
 from ..loading.report import human, merge_numbers
-from ..models.preview import Preview, preview
+from ..models.causal_lm import CausalLM
+from ..models.preview import Preview
 from ..quant.config import BitsAndBytesConfig
-from ..registry.remote_class import own_model_class
+from ..registry.remote_class import previewer_of
 from .output import Output, count, print_json
 from .place import architecture_at, memory_of, source_of
 
@@ -20,8 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print what was found."""
     source = source_of(arguments)
     row = architecture_at(source, arguments)
-    seen = preview(
-        own_model_class(row),
+    seen = previewer_of(row)(
         source,
         dtype=arguments.dtype,
         device_map=arguments.device_map,
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
         variant=arguments.variant,
         quantization_config=_asked(arguments.quantize),
     )
-    facts = _facts(seen, source.commit, seen.config.model_type, row.origin)
+    facts = _facts(seen, source.commit, getattr(seen.config, "model_type", ""), row.origin)
     if arguments.json:
         print_json(facts)
     else:
@@ -46,8 +46,7 @@ def _asked(kind: str | None) -> BitsAndBytesConfig | None:
 
 def _facts(seen: Preview, commit: str | None, model_type: str, origin: str) -> dict[str, Any]:
     checkpoint, plan, model = seen.checkpoint, seen.plan, seen.model
-    twins = set(model.active_ties())
-    total = model.num_parameters() - sum(model.get_parameter(name).numel() for name in twins)
+    total, quantizer = _parameters(model), getattr(model, "hf_quantizer", None)
     in_file: dict[str, int] = {}
     in_dtype: dict[str, int] = {}
     for entry in checkpoint.entries.values():
@@ -62,7 +61,7 @@ def _facts(seen: Preview, commit: str | None, model_type: str, origin: str) -> d
         "origin": origin,
         "sizes": {name: getattr(seen.config, name) for name in _SIZES if getattr(seen.config, name, None) is not None},
         "parameters": total,
-        "quantization": None if model.hf_quantizer is None else model.hf_quantizer.config.to_dict(),
+        "quantization": None if quantizer is None else quantizer.config.to_dict(),
         "checkpoint": {"tensors": len(checkpoint.entries), "bytes": checkpoint.total_bytes, "bytes_by_dtype": in_dtype,
                        "bytes_by_file": in_file, "index_faults": list(checkpoint.index_faults)},
         "plan": {
@@ -79,6 +78,13 @@ def _facts(seen: Preview, commit: str | None, model_type: str, origin: str) -> d
             "ignored": list(plan.ignored),
         },
     }  # fmt: skip
+
+
+def _parameters(model: Any) -> int:
+    """How many numbers the weights are, tied ones once; a class of a repository may not be loadstone's."""
+    if not isinstance(model, CausalLM):
+        return sum(parameter.numel() for parameter in model.parameters())
+    return model.num_parameters() - sum(model.get_parameter(name).numel() for name in model.active_ties())
 
 
 def _show(facts: dict[str, Any], output: Output) -> None:

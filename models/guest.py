@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import ArgumentError, QuantizationError, RemoteCodeError, nearest
 from ..loading.load import load_into
+from ..loading.plan import make_plan
 from ..loading.source import HUB_ARGUMENTS, Source
 from .adapters.source import AdaptedSource
 from .configuration import read_config_file
@@ -70,11 +71,7 @@ def load_guest(
     if kernels != "auto":
         raise ArgumentError(f"kernels= needs a class of loadstone's, not {cls.__name__}")
     config = _configuration(config_class, source, config, kwargs)
-    if quantization_config is not None or getattr(config, "quantization_config", None) is not None:
-        raise QuantizationError(
-            f"{cls.__name__} is not loadstone's class: its layers are not made into quantized ones. Where loadstone "
-            "has a class for this model_type, leave out trust_remote_code"
-        )
+    _check_plain(cls, config, quantization_config)
     origin = Origin(variant, use_safetensors, state_dict)
     checkpoint = origin.checkpoint(source)
     final = _dtype(dtype if dtype is not None else torch_dtype, config, checkpoint.entries.values())
@@ -87,22 +84,48 @@ def load_guest(
         checkpoint,
         device_map=device_map,
         max_memory=max_memory,
-        no_split=list(getattr(model, "_no_split_modules", None) or ()),
         skip_keys=getattr(model, "_skip_keys_device_placement", None),
-        key_mapping=key_mapping or getattr(model, "_checkpoint_conversion_mapping", None) or None,
-        base_model_prefix=getattr(model, "base_model_prefix", "") or "",
-        ignore_unexpected=list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
-        ignore_missing=list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()),
         ignore_mismatched_sizes=ignore_mismatched_sizes,
         strict=strict,
         initialize=restore,
         progress=progress,
         disable_mmap=disable_mmap,
+        **_declarations(model, key_mapping),
     )
     model.load_report = report  # type: ignore[assignment]
     _set_generation(model, generation_config, source)
     model.eval()
     return (model, report.loading_info()) if output_loading_info else model
+
+
+def preview_guest(
+    cls: type[nn.Module],
+    config_class: Any,
+    source: Source,
+    *,
+    dtype: Any = None,
+    device_map: Any = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    variant: str | None = None,
+    quantization_config: Any = None,
+) -> Any:
+    """The `Preview` of a load: its plan from headers alone, for devices that need not be here."""
+    from .preview import Preview
+
+    config = _configuration(config_class, source, None, {})
+    _check_plain(cls, config, quantization_config)
+    checkpoint = Origin(variant).checkpoint(source)
+    config.dtype = _dtype(dtype, config, checkpoint.entries.values())
+    model: Any = build_guest(cls, config, config.dtype)[0]
+    plan = make_plan(
+        model,
+        checkpoint,
+        device_map=device_map,
+        max_memory=max_memory,
+        devices_must_exist=False,
+        **_declarations(model),
+    )
+    return Preview(config, model, checkpoint, plan)
 
 
 def new_guest(
@@ -117,6 +140,25 @@ def new_guest(
     asked = dtype if dtype is not None else torch_dtype
     model = _built(cls, config)
     return model if asked in (None, "auto") else model.to(parse_dtype(asked))
+
+
+def _check_plain(cls: type, config: Any, asked: Any) -> None:
+    if asked is not None or getattr(config, "quantization_config", None) is not None:
+        raise QuantizationError(
+            f"{cls.__name__} is not loadstone's class: its layers are not made into quantized ones. Where loadstone "
+            "has a class for this model_type, leave out trust_remote_code"
+        )
+
+
+def _declarations(model: nn.Module, key_mapping: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What the class declares for the plan of a load, under the names that transformers has for it too."""
+    return {
+        "no_split": list(getattr(model, "_no_split_modules", None) or ()),
+        "key_mapping": key_mapping or getattr(model, "_checkpoint_conversion_mapping", None) or None,
+        "base_model_prefix": getattr(model, "base_model_prefix", "") or "",
+        "ignore_unexpected": list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        "ignore_missing": list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()),
+    }
 
 
 def build_guest(cls: type[nn.Module], config: Any, dtype: torch.dtype) -> tuple[nn.Module, Callable[[nn.Module], None]]:
@@ -218,7 +260,7 @@ def guest_config(
 
 def _configuration(config_class: Any, source: Source, given: Any, changes: dict[str, Any]) -> Any:
     """The caller's configuration, copied, or the checkpoint's, with the caller's changes."""
-    for name in (*HUB_ARGUMENTS, "low_cpu_mem_usage"):
+    for name in (*HUB_ARGUMENTS, "low_cpu_mem_usage", "offload_folder", "offload_state_dict"):
         changes.pop(name, None)
     if given is None:
         config, unknown = guest_config(config_class, read_config_file(source.require("config.json")), changes)

@@ -89,6 +89,18 @@ def builder_of(row: Architecture) -> Callable[..., Any]:
     return partial(new_guest, cls)
 
 
+def previewer_of(row: Architecture) -> Callable[..., Any]:
+    """`preview` of the row's model, or what stands for it."""
+    cls = row.model_class()
+    if issubclass(cls, CausalLM):
+        from ..models.preview import preview
+
+        return partial(preview, cls)
+    from ..models.guest import preview_guest
+
+    return partial(preview_guest, cls, _config_class(cls, row))
+
+
 def own_model_class(row: Architecture) -> Any:
     """The row's model for what needs a class of loadstone's. Raises RemoteCodeError for another."""
     cls = row.model_class()
@@ -111,7 +123,10 @@ def _load_guest(cls: Any, row: Architecture, source: Any, *model_args: Any, **ar
         arguments.pop(name, None)
     if arguments.pop("gguf_file", None) is not None:
         raise ArgumentError(f"gguf_file= needs a class of loadstone's, and {cls.__name__} is of {row.origin}")
-    config_class = getattr(cls, "config_class", None)
-    if not callable(getattr(config_class, "from_dict", None)):  # of a class that does not say
-        config_class = row.config_class()
-    return load_guest(cls, config_class, source, **arguments)
+    return load_guest(cls, _config_class(cls, row), source, **arguments)
+
+
+def _config_class(cls: Any, row: Architecture) -> Any:
+    """The configuration that a guest is built from: its own, else that which auto_map names beside it."""
+    own = getattr(cls, "config_class", None)
+    return own if callable(getattr(own, "from_dict", None)) else row.config_class()

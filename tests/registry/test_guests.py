@@ -198,11 +198,26 @@ def test_classes_that_cannot_be_built(tmp_path: Path) -> None:
         trusted(tmp_path)
 
 
-def test_commands_need_a_class_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path)
-    for command in (("inspect", str(tmp_path)), ("quantize", str(tmp_path), str(tmp_path / "q"), "--nf4")):
+    assert main(["inspect", str(tmp_path), "--trust-remote-code", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    made = by_hand()
+    assert facts["parameters"] == sum(parameter.numel() for parameter in made.parameters())
+    assert facts["plan"]["missing"] == facts["plan"]["unexpected"] == []
+    assert facts["model_class"] == "Guest"
+    places = ("--device-map", "sequential", "--max-memory", "0=1KB", "cpu=1GB")
+    assert main(["inspect", str(tmp_path), "--trust-remote-code", *places]) == 0
+    assert "Guest (guest, of the code of" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path), "--trust-remote-code", "--quantize", "nf4"]) == 2
+    assert "not loadstone's class" in capsys.readouterr().err
+    for command in (
+        ("generate", str(tmp_path), "--prompt", "a"),
+        ("quantize", str(tmp_path), str(tmp_path / "q"), "--nf4"),
+    ):
         assert main([*command, "--trust-remote-code"]) == 2
-        assert "does not derive from loadstone.CausalLM" in capsys.readouterr().err
+        words = "tokenizer" if command[0] == "generate" else "does not derive from loadstone.CausalLM"
+        assert words in capsys.readouterr().err
     assert not (tmp_path / "q").exists()
 
 
