@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .quant.registry import register_quantizer
     from .quant.weight_only import WeightOnlyConfig
     from .registry import AutoConfig, AutoModelForCausalLM, list_architectures, register, register_causal_lm
+    from .registry.convert import convert_checkpoint
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ _HOME = {
     "PreTrainedConfig": ".models.configuration",
     "StaticCache": ".models.cache",
     "WeightOnlyConfig": ".quant.weight_only",
+    "convert_checkpoint": ".registry.convert",
     "list_architectures": ".registry",
     "register": ".registry",
     "register_attention": ".kernels",
@@ -87,6 +89,7 @@ __all__ = [
     "PreTrainedConfig",
     "StaticCache",
     "WeightOnlyConfig",
+    "convert_checkpoint",
     "list_architectures",
     "register",
     "register_attention",

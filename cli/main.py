@@ -14,7 +14,7 @@ from .arguments import device_map, memory, number, positive
 # Command -> the module that runs it, imported only then.
 _COMMANDS = {
     "demo": ".demo", "inspect": ".inspect", "generate": ".generate", "list": ".listing", "tune": ".tune",
-    "bench": ".bench", "quantize": ".quantize",
+    "bench": ".bench", "quantize": ".quantize", "convert": ".convert",
 }  # fmt: skip
 BENCHMARKS = (
     "attention",
@@ -86,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     _generate(commands.add_parser("generate", parents=[common], help="continue a prompt"))
     _list(commands.add_parser("list", parents=[common], help="the architectures that can be loaded"))
     _quantize(commands.add_parser("quantize", parents=[common], help="make a quantized checkpoint of another"))
+    _convert(commands.add_parser("convert", parents=[common], help="make safetensors of pickles, GGUF or safetensors"))
     _tune(commands.add_parser("tune", parents=[common], help="search block sizes for this machine's GPU"))
     _bench(commands.add_parser("bench", parents=[errors], help="run a benchmark of the repository"))
     return top
@@ -186,6 +187,27 @@ def _quantize(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", help="of what is not quantized (default: what config.json says)")
     command.add_argument("--max-shard-size", default="50GB", metavar="SIZE", help="default %(default)s")
     command.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    command.add_argument("--variant", help="as in model.VARIANT.safetensors, of SRC")
+    command.add_argument("--cache-dir", metavar="DIR", help="cache of Hub repositories")
+    command.add_argument("--local-files-only", action="store_true", help="use the cache, do not reach for the Hub")
+    _code(command)
+
+
+def _convert(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Write the checkpoint SRC as safetensors to the directory DST: pytorch_model.bin (read without running what "
+        "is in it), GGUF, or safetensors in another dtype or in shards of another size. Tensor by tensor: no model is "
+        "built, and memory is needed for one tensor. Configuration and tokenizer files come along. An existing "
+        "checkpoint in DST is replaced in one step."
+    )
+    command.add_argument("source", metavar="SRC", help="a directory, a GGUF file, or a Hub repository id")
+    command.add_argument("target", metavar="DST", help="a directory, new, empty, or of a checkpoint to be replaced")
+    command.add_argument("--dtype", help="of all weights (default: each as it is; float32 for GGUF's blocks)")
+    command.add_argument("--max-shard-size", default="50GB", metavar="SIZE", help="default %(default)s")
+    command.add_argument("--gguf-file", metavar="NAME", help="the GGUF file in SRC to read")
+    command.add_argument("--pickled", action="store_true", help="read pytorch_model.bin though there are safetensors")
+    command.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    command.add_argument("--subfolder", default="", help="folder of the checkpoint inside SRC")
     command.add_argument("--variant", help="as in model.VARIANT.safetensors, of SRC")
     command.add_argument("--cache-dir", metavar="DIR", help="cache of Hub repositories")
     command.add_argument("--local-files-only", action="store_true", help="use the cache, do not reach for the Hub")

@@ -95,6 +95,11 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
     return "".join(_BARS[round((value - low) * scale)] for value in means)
 
 
+def listed(files: Sequence[str], most: int = 12) -> str:
+    """Names of files in one line, shortened."""
+    return ", ".join(files if len(files) <= most else [f"{len(files)} in all", files[0], "..."])
+
+
 def count(number: int) -> str:
     """``1_179_360`` → ``"1.18 M"``."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from ..errors import ArgumentError
@@ -15,10 +13,9 @@ from ..models.transcode import Quantized, quantize_checkpoint
 from ..quant.config import BitsAndBytesConfig
 from ..quant.weight_only import WeightOnlyConfig
 from ..registry.remote_class import own_model_class
-from .output import Output, print_json
+from .output import Output, listed, print_json
 from .place import architecture_at
-
-_MOST_FILES = 12
+from .progress import progress
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -40,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         variant=arguments.variant,
         max_shard_size=arguments.max_shard_size,
-        watch=_progress(),
+        watch=progress("quantizing"),
     )
     facts = _facts(made, arguments.target, config.to_dict(), time.perf_counter() - started)
     if arguments.json:
@@ -76,20 +73,6 @@ def config_of(arguments: argparse.Namespace) -> Any:
     return WeightOnlyConfig(4, arguments.group_size, arguments.skip)
 
 
-def _progress() -> Callable[[int, int], None]:
-    """A line on standard error, where that is a terminal, a few times a second."""
-    output, last = Output(sys.stderr), 0.0
-
-    def show(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if output.terminal and (now - last > 0.2 or done >= total):
-            last = now
-            output.progress(f"quantizing: {human(done)} of {human(total)}", last=done >= total)
-
-    return show
-
-
 def _facts(made: Quantized, target: str, config: dict[str, Any], seconds: float) -> dict[str, Any]:
     return {
         "directory": target,
@@ -107,13 +90,12 @@ def _facts(made: Quantized, target: str, config: dict[str, Any], seconds: float)
 
 def _show(facts: dict[str, Any], output: Output) -> None:
     output.line(f"{facts['directory']}: {facts['model_class']}, quantized", "bold")
-    files = facts["files"]
     before, after = facts["bytes_before"], facts["bytes_after"]
     rows = [
         ("weights", f"{human(before)} to {human(after)} in {facts['seconds']:.1f} s"),
         ("quantized", f"{len(facts['quantized'])} layers"),
         ("left as they are", ", ".join(merge_numbers(facts["not_quantized"])) or "none"),
-        ("files", ", ".join(files if len(files) <= _MOST_FILES else [f"{len(files)} in all", files[0], "..."])),
+        ("files", listed(facts["files"])),
     ]
     if facts["left_out"]:
         rows.append(("UNEXPECTED, left out", ", ".join(merge_numbers(facts["left_out"]))))

@@ -31,12 +31,14 @@ _SPARE = 1 << 20  # bytes on the disk, for what is not weights
 
 
 class Transcoded(NamedTuple):
-    """Names of the files written, bytes of tensors in the source and in the result, names of tensors left out."""
+    """Names of the files written, bytes of tensors in the source and in the result, names of tensors left out, and the
+    bytes of each dtype in the result."""
 
     files: list[str]
     bytes_before: int
     bytes_after: int
     unexpected: tuple[str, ...]
+    by_dtype: dict[torch.dtype, int]
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,15 @@ def transcode(
     shards = plan_shards(work.outputs, limit)
     _check_space(directory, sum(map(tensor_bytes, work.outputs.values())), beside)
     files = names.files(len(shards))
-    after = 0
+    by_dtype: dict[torch.dtype, int] = {}
 
     def write(staging: Path) -> list[list[str]]:
-        nonlocal after
         weights: dict[str, dict[str, torch.Tensor]] = {}
         with one_thread_each():  # many small steps, of which each would wait for the slowest of torch's threads
             for file, shard in zip(files, shards, strict=True):
                 weights[file] = _write_shard(staging / file, shard, work, watch)
-        after = sum(tensor_bytes(tensor) for shard in weights.values() for tensor in shard.values())
+        for tensor in (tensor for shard in weights.values() for tensor in shard.values()):
+            by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + tensor_bytes(tensor)
         changed = checkpoint.changed_files()
         if changed:
             raise IntegrityError(f"{', '.join(map(str, changed))} changed while being read; start again")
@@ -101,7 +103,7 @@ def transcode(
 
     written = {*files, *([names.index] if len(files) > 1 else [])}
     made = replace_contents(directory, Contents(write, lambda name: names.is_weights(name) and name not in written))
-    return Transcoded(made, checkpoint.total_bytes, after, plan.unexpected)
+    return Transcoded(made, checkpoint.total_bytes, sum(by_dtype.values()), plan.unexpected, by_dtype)
 
 
 class _Work:

@@ -28,10 +28,7 @@ class Origin(NamedTuple):
 
         hub: keywords of `resolve_source`. Raises ArgumentError for arguments that contradict each other.
         """
-        chosen = {"state_dict": self.state_dict, "gguf_file": self.gguf_file, "variant": self.variant}
-        given = [name for name, value in chosen.items() if value is not None]
-        if len(given) > 1:
-            raise ArgumentError(f"{'= and '.join(given)}= each say where the weights come from; pass one of them")
+        self.check()
         if self.gguf_file is not None:
             return resolve_source(name_or_path, **hub)  # type: ignore[arg-type]  # None is an error of its own there
         if name_or_path is not None:
@@ -44,6 +41,18 @@ class Origin(NamedTuple):
         from ..loading.state_dict import NoSource
 
         return NoSource(config.name_or_path, None)
+
+    def check(self) -> None:
+        """Raise ArgumentError if more than one of them says where the weights come from."""
+        chosen = {"state_dict": self.state_dict, "gguf_file": self.gguf_file, "variant": self.variant}
+        given = [name for name, value in chosen.items() if value is not None]
+        if len(given) > 1:
+            raise ArgumentError(f"{'= and '.join(given)}= each say where the weights come from; pass one of them")
+
+    def configuration(self, cls: type[PreTrainedConfig], source: Source, **overrides: Any) -> PreTrainedConfig:
+        """The configuration, of class ``cls``: config.json's, or what a GGUF file says."""
+        place: dict[str, Any] = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        return cls.from_pretrained(source, **place, **overrides)
 
     def checkpoint(self, source: Source) -> Checkpoint:
         """The tensors and where they lie; no weight is read."""

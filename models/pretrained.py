@@ -83,7 +83,7 @@ def load_pretrained(
         kwargs.pop(name, None)
     origin = Origin(variant, use_safetensors, state_dict, gguf_file)
     source = origin.source(name_or_path, hub, config)
-    config = _configuration(cls, source, config, kwargs, hub, gguf_file)
+    config = _configuration(cls, source, config, kwargs, hub, origin)
     selection = _choose(config, attn_implementation, kernels)
     quantizer = choose_quantizer(source.name, config, quantization_config)
     checkpoint = origin.checkpoint(source)
@@ -144,7 +144,7 @@ def declarations(model: CausalLM) -> dict[str, Any]:
 
 
 def _configuration(
-    cls: type[CausalLM], source: Source, given: Any, kwargs: dict[str, Any], hub: dict[str, Any], gguf_file: str | None
+    cls: type[CausalLM], source: Source, given: Any, kwargs: dict[str, Any], hub: dict[str, Any], origin: Origin
 ) -> PreTrainedConfig:
     """The configuration to build from: the caller's, copied, or the checkpoint's with the caller's overrides."""
     expected = cls.config_class
@@ -164,8 +164,7 @@ def _configuration(
         if not expected.has_field(name):
             raise _unknown_argument(cls, name)
     if given is None:
-        place: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
-        config = expected.from_pretrained(source, **place, **kwargs)
+        config = origin.configuration(expected, source, **kwargs)
         config._commit_hash = source.commit
         return config
     return expected.from_pretrained(given, **hub, **{**kwargs, "name_or_path": source.name})

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from ..loading.checkpoint import Checkpoint, open_checkpoint
+from ..loading.checkpoint import Checkpoint
 from ..loading.plan import Plan, make_plan
 from ..loading.source import Source
 from .causal_lm import CausalLM
 from .configuration import PreTrainedConfig
 from .depth import check_depth
+from .origin import Origin
 from .pretrained import build_on_meta, choose_dtype, declarations
 from .quantized import choose_quantizer, quantize_on_meta
 
@@ -37,15 +38,18 @@ def preview(
     max_memory: Mapping[int | str, int | str] | None = None,
     variant: str | None = None,
     quantization_config: Any = None,
+    origin: Origin | None = None,
 ) -> Preview:
     """Plan ``cls.from_pretrained(source, ...)`` without reading weights; devices need not exist on this machine.
 
+    origin: where the weights come from (default: safetensors of ``variant``).
     Raises what loading would raise for the configuration, the headers and the device map. What does not fit between
     checkpoint and model is in the plan, not raised.
     """
-    config = cls.config_class.from_pretrained(source)
+    origin = origin or Origin(variant)
+    config = origin.configuration(cls.config_class, source)
     quantizer = choose_quantizer(source.name, config, quantization_config)
-    checkpoint = open_checkpoint(source, variant=variant, early=True)
+    checkpoint = origin.checkpoint(source)
     config.dtype = choose_dtype(dtype, config, checkpoint)
     check_depth(config, checkpoint)
     model = build_on_meta(cls, config)

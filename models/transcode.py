@@ -52,13 +52,12 @@ def quantize_checkpoint(
     holds something else than a checkpoint, and what loading and `transcode` raise.
     """
     target = Path(directory)
-    _check_target(source, target)
+    check_target(source, target)
     if getattr(cls.config_class.from_pretrained(source), "quantization_config", None) is not None:
         raise QuantizationError(f"{source.name} is quantized already; quantize the checkpoint it was made from")
     seen = preview(cls, source, dtype=dtype, variant=variant, quantization_config=quantization_config)
     model, total, done = seen.model, seen.checkpoint.total_bytes, 0
     model.generation_config = generation_config_of(None, source, seen.config)
-    copies = {name: path for name in TOKENIZER_FILES if (path := source.find(name)) is not None}
 
     def advance(count: int) -> None:
         nonlocal done
@@ -70,7 +69,7 @@ def quantize_checkpoint(
         seen.checkpoint,
         model.state_dict(),
         target,
-        Beside(texts_of(model), copies),
+        beside_of(model, source),
         ties=tuple(model.active_ties()),
         max_shard_size=max_shard_size,
         watch=advance,
@@ -80,7 +79,13 @@ def quantize_checkpoint(
     return Quantized(written, type(model).__name__, list(packed), [name for name in linear if name not in packed])
 
 
-def _check_target(source: Source, target: Path) -> None:
+def beside_of(model: CausalLM, source: Source) -> Beside:
+    """The other files of a checkpoint: what saving the model writes, and the source's tokenizer."""
+    copies = {name: path for name in TOKENIZER_FILES if (path := source.find(name)) is not None}
+    return Beside(texts_of(model), copies)
+
+
+def check_target(source: Source, target: Path) -> None:
     """PathError unless the target is new, empty, or a checkpoint that is not the source."""
     real = Path(os.path.realpath(target))
     if isinstance(source, LocalSource) and real == Path(os.path.realpath(source.directory)):
