@@ -112,6 +112,10 @@ class DeviceMapError(LoadstoneError, ValueError):
     """A device map is malformed, incomplete or impossible here."""
 
 
+class OffloadError(LoadstoneError, RuntimeError):
+    """Weights that are spread over devices, or stay on disk, do not allow what was asked."""
+
+
 class AttentionError(LoadstoneError, ValueError):
     """An attention implementation is unknown, or cannot do what was asked."""
 

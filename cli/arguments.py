@@ -40,9 +40,12 @@ def device_map(text: str) -> Any:
         raise ArgumentTypeError(f"not a JSON object: {error}") from error
 
 
-def memory(text: str) -> tuple[int | str, str]:
-    """``0=20GiB`` or ``cpu=60GiB``: a device and a size."""
-    device, equals, size = text.partition("=")
-    if not (device and equals and size):
-        raise ArgumentTypeError(f"{text!r} is not DEVICE=SIZE, as in 0=20GiB or cpu=60GiB")
-    return (int(device) if device.isdecimal() else device), size
+def memory(text: str) -> list[tuple[int | str, str]]:
+    """``0=20GiB`` or ``0=20GiB,cpu=60GiB``: devices and sizes."""
+    pairs: list[tuple[int | str, str]] = []
+    for word in text.split(","):
+        device, equals, size = (part.strip() for part in word.partition("="))
+        if not (device and equals and size):
+            raise ArgumentTypeError(f"{word!r} is not DEVICE=SIZE, as in 0=20GiB or cpu=60GiB")
+        pairs.append((int(device) if device.isdecimal() else device, size))
+    return pairs

@@ -70,6 +70,12 @@ def _facts(seen: Preview, commit: str | None, model_type: str, origin: str) -> d
             "bytes_by_device": plan.memory_by_device(),
             "bytes_by_transform": plan.bytes_by_transform(),
             "bytes_quantized": list(plan.bytes_quantized()),
+            "limits": dict(plan.placement.limits),
+            "reserved_for_visitors": plan.placement.reserved,
+            "does_not_fit": [
+                {"place": str(short.place), "needed": short.needed, "limit": short.limit, "what": short.reason}
+                for short in plan.placement.shortfalls
+            ],
             "device_map": plan.placement.as_hf() if plan.placement.given else None,
             "tied": {**plan.tied, **plan.compare},
             "missing": list(plan.missing),
@@ -103,10 +109,13 @@ def _show(facts: dict[str, Any], output: Output) -> None:
     output.fields([("tensors", f"{checkpoint['tensors']:,}"), *_sizes(checkpoint["bytes_by_dtype"]),
                    *_sizes(_shortened(checkpoint["bytes_by_file"]))])  # fmt: skip
     output.heading("Plan")
-    places = [(f"memory on {device}", human(size)) for device, size in plan["bytes_by_device"].items()]
+    places = [(_place(device), _of_limit(size, plan["limits"].get(device)))
+              for device, size in plan["bytes_by_device"].items()]  # fmt: skip
+    if plan["reserved_for_visitors"]:
+        places += [("kept free for offloaded blocks", human(plan["reserved_for_visitors"]))]
     before = human(plan["bytes_quantized"][0])
     ways = {"map": "mapped, not read", "cast": "cast", "copy": "copied", "quantize": f"quantized, of {before}",
-            "none": "left on meta"}  # fmt: skip
+            "disk": "mapped, used from the files", "none": "left on meta"}  # fmt: skip
     places += [(ways[name], human(size)) for name, size in plan["bytes_by_transform"].items()]
     output.fields([*places, *_sizes(plan["bytes_by_dtype"])])
     if len(plan["device_map"] or ()) > 1:
@@ -117,6 +126,10 @@ def _show(facts: dict[str, Any], output: Output) -> None:
         # A trailing dot lets numbers at the end of a name merge as those inside do.
         output.fields((device, ", ".join(line.rstrip(".") for line in merge_numbers(f"{m}." for m in modules)))
                       for device, modules in by_device.items())  # fmt: skip
+    if plan["does_not_fit"]:
+        output.heading("DOES NOT FIT")
+        output.fields((one["place"], f"needs {human(one['needed'])} for {one['what']}, may take {human(one['limit'])}")
+                      for one in plan["does_not_fit"])  # fmt: skip
     _show_misfits(plan, checkpoint["index_faults"], output)
 
 
@@ -129,6 +142,14 @@ def _show_misfits(plan: dict[str, Any], faults: list[str], output: Output) -> No
     if rows:
         output.heading("Weights")
         output.fields(rows)
+
+
+def _place(device: str) -> str:
+    return "left in the files" if device == "disk" else f"memory on {device}"
+
+
+def _of_limit(size: int, limit: int | None) -> str:
+    return human(size) + (f" of {human(limit)}" if limit is not None else "")
 
 
 def _method(quantization: dict[str, Any]) -> str:

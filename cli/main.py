@@ -114,10 +114,17 @@ def _place(command: argparse.ArgumentParser) -> None:
     _code(command)
     command.add_argument("--dtype", help="float32, bfloat16, ... (default: what config.json says)")
     command.add_argument(
-        "--device-map", type=device_map, metavar="MAP", help="a device, auto, balanced, sequential, or a JSON object"
+        "--device-map",
+        type=device_map,
+        metavar="MAP",
+        help="a device, auto, balanced, balanced_low_0, sequential, disk, or a JSON object",
     )
     command.add_argument(
-        "--max-memory", type=memory, nargs="+", metavar="DEVICE=SIZE", help="for --device-map, as in 0=20GiB cpu=60GiB"
+        "--max-memory",
+        type=memory,
+        nargs="+",
+        metavar="DEVICE=SIZE",
+        help="for --device-map, as in 0=20GiB,cpu=60GiB or as several words",
     )
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..errors import DeviceMapError
 from ..loading.source import Source, resolve_source
 from ..models.configuration import read_config_file
 from ..registry.choice import architecture_for, trust_of
@@ -30,7 +31,11 @@ def source_of(arguments: argparse.Namespace) -> Source:
 
 def memory_of(arguments: argparse.Namespace) -> dict[Any, str] | None:
     """``--max-memory`` as a dictionary."""
-    return dict(arguments.max_memory) if arguments.max_memory else None
+    pairs = [pair for word in arguments.max_memory or () for pair in word]
+    names = [str(device) for device, _ in pairs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise DeviceMapError(f"--max-memory names {', '.join(sorted(twice))} twice")
+    return dict(pairs) or None
 
 
 def hub_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -6,7 +6,7 @@ the fields; one that does not asks for `allowed` or `bias`, built on first use a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,20 @@ class AttentionMask:
         for name, bound in (("key_start", self.key_start), ("key_end", self.key_end)):
             if bound is not None and bound.dim() != 1:
                 raise AttentionError(f"{name} must be (batch,) or (1,), one number a row, got {tuple(bound.shape)}")
+
+    def to(self, device: torch.device) -> AttentionMask:
+        """The same mask on another device: made once for each, so that layers there share it."""
+        if device == self.device:
+            return self
+        key = f"to {device}"
+        if key not in self.memo:
+            names = ("query_start", "padding", "segments", "dense", "key_start", "key_end")
+            held = {name: getattr(self, name) for name in names}
+            there: dict[str, Any] = {
+                name: part.to(device) if isinstance(part, Tensor) else part for name, part in held.items()
+            }
+            self.memo[key] = replace(self, **there, device=device, memo={}, _allowed=None, _bias={})
+        return self.memo[key]
 
     @property
     def _known_start(self) -> int:

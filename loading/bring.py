@@ -32,7 +32,7 @@ def bring(moves: Sequence[Move], files: Files, watch: Watch | None) -> Streamed:
     for move in moves:
         values = move.entry.values
         assert values is not None
-        if move.transform == "map":
+        if move.transform in ("map", "disk"):
             tensors[move.target] = values.ready(move.entry, files)
             mapped += values.stored
         elif move.transform == "quantize":

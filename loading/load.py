@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
+from .budget import MaxMemory
 from .checkpoint import Checkpoint
-from .device_map import DeviceMap, MaxMemory
+from .device_map import DeviceMap
 from .initialize import check_buffers, initialize_missing, recompute_buffers
+from .placement import needs_dispatch
 from .plan import Plan, make_plan
 from .progress import Progress
 from .report import LoadReport
@@ -37,6 +38,7 @@ def load_into(
     ignore_missing: Sequence[str] = (),
     ignore_mismatched_sizes: bool = False,
     strict: bool = False,
+    offload_buffers: bool = False,
     initialize: Callable[[nn.Module], None] | None = None,
     progress: bool | None = None,
     disable_mmap: bool | None = None,
@@ -44,7 +46,8 @@ def load_into(
     """Load ``checkpoint`` into ``model``, which is on meta with every weight already of its final dtype.
 
     Afterwards nothing is on meta (unless ``device_map="meta"``), tied weights are one parameter, and a model on
-    several devices has accelerate's hooks. ``model.hf_device_map`` is set if ``device_map`` was given.
+    several devices, or with weights on disk, has the hooks of `dispatch`. ``model.hf_device_map`` is set if
+    ``device_map`` was given.
 
     ``ties`` maps each tied weight to its source; ``ignore_unexpected`` and ``ignore_missing`` are regexes of names not
     to report; ``initialize(module)`` initialises one module's own weights; modules with non-persistent buffers have
@@ -68,6 +71,7 @@ def load_into(
         base_model_prefix=base_model_prefix,
         ignore_unexpected=ignore_unexpected,
         ignore_missing=ignore_missing,
+        offload_buffers=offload_buffers,
     )
     plan.check(strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
     way = choose_way(plan, disable_mmap)
@@ -80,8 +84,10 @@ def load_into(
             streamed = _execute(model, plan, checkpoint, way, initialize, progress)
         if plan.placement.given:
             model.hf_device_map = plan.placement.as_hf()  # type: ignore[assignment]
-        if _needs_dispatch(plan):
-            _dispatch(model, plan, skip_keys)
+        if needs_dispatch(plan.placement):
+            from .dispatch import dispatch
+
+            dispatch(model, plan, no_split, skip_keys)
     except BaseException:
         _restore(model, plan.tree)
         raise
@@ -105,7 +111,7 @@ def _execute(
     check_buffers(plan.tree)
     values = initialize_missing(model, plan.tree, plan.to_initialize, plan.placement, initialize)
     values.update(recompute_buffers(plan.tree, plan.placement))
-    untouched = ("map", "none") if way.mapped else ("none",)
+    untouched = ("map", "disk", "none") if way.mapped else ("disk", "none")
     copied = sum(move.entry.nbytes for move in plan.moves if move.transform not in untouched)
     with Progress(copied, progress, plan.model_class) as bar:
         streamed = stream(plan, checkpoint, bar if bar.watching else None, way)
@@ -136,24 +142,11 @@ def _assign(tree: Tree, values: dict[str, torch.Tensor], tied: Mapping[str, str]
         tree.weights[target].put(values[source])
 
 
-def _needs_dispatch(plan: Plan) -> bool:
-    return len(plan.placement.devices) > 1
-
-
-def _dispatch(model: nn.Module, plan: Plan, skip_keys: str | Sequence[str] | None) -> None:
-    """Hooks that carry activations between devices, as accelerate makes them."""
-    from accelerate import dispatch_model
-
-    options: dict[str, Any] = {} if skip_keys is None else {"skip_keys": skip_keys}
-    dispatch_model(model, device_map=plan.placement.as_hf(), **options)
-
-
 def _restore(model: nn.Module, tree: Tree) -> None:
     """The model as it was: half-loaded models do not exist."""
-    if getattr(model, "_hf_hook", None) is not None:
-        from accelerate.hooks import remove_hook_from_submodules
+    from .dispatch import undo
 
-        remove_hook_from_submodules(model)
+    undo(model)
     for _name, slot in tree.slots():
         slot.put(slot.tensor)
     model.__dict__.pop("hf_device_map", None)

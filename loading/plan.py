@@ -13,16 +13,19 @@ from torch import nn
 
 from ..errors import (
     ArgumentError,
+    DeviceMapError,
     FormatError,
     IntegrityError,
     MissingWeightsError,
     ShapeMismatchError,
     UnexpectedWeightsError,
 )
+from .budget import MaxMemory
 from .checkpoint import Checkpoint
-from .device_map import DeviceMap, MaxMemory, Placement, place
+from .device_map import DeviceMap, place
 from .header import TensorEntry
 from .keys import match_keys
+from .placement import CPU, DISK, Place, Placement
 from .tree import Slot, Tree, survey
 
 if TYPE_CHECKING:
@@ -47,7 +50,8 @@ class Move(NamedTuple):
 
     ``transform``: ``"map"`` (its bytes are mapped privately, nothing is read), ``"cast"`` (to ``dtype``), ``"copy"``
     (same dtype, but to another device, or not aligned in the file), ``"quantize"`` (it becomes the tensors of
-    ``packing``) or ``"none"`` (stays on meta).
+    ``packing``), ``"disk"`` (mapped in the file's own dtype, and cast when used if ``dtype`` is another) or ``"none"``
+    (stays on meta).
     """
 
     target: str
@@ -62,6 +66,8 @@ class Move(NamedTuple):
         """Bytes at the destination."""
         if self.packing is not None:
             return self.packing.nbytes
+        if self.transform == "disk":
+            return self.entry.nbytes
         return self.entry.nbytes // self.entry.dtype.itemsize * self.dtype.itemsize
 
 
@@ -110,6 +116,7 @@ class Plan:
 
     def check(self, *, strict: bool = False, ignore_mismatched_sizes: bool = False) -> None:
         """Raise what makes the load impossible, or with ``strict`` imperfect, naming every tensor concerned."""
+        self._check_room()
         weights = self.tree.weights
         codes = any(weights[mismatch.name].is_packed for mismatch in self.mismatched)
         if self.mismatched and (strict or codes or not ignore_mismatched_sizes):
@@ -142,17 +149,26 @@ class Plan:
                 f"{_listed(self.unexpected)}; strict=False would leave them out"
             )
 
-    def _sizes(self) -> list[tuple[torch.device, torch.dtype, int]]:
-        """Device, dtype and bytes of each weight and buffer that will exist, what is tied counted once."""
+    def _check_room(self) -> None:
+        if self.placement.shortfalls:
+            raise DeviceMapError(
+                f"{self.name} does not fit the limits of max_memory: "
+                f"{'; '.join(str(shortfall) for shortfall in self.placement.shortfalls)}. Raise max_memory, allow "
+                "'disk', load a smaller dtype, or quantize"
+            )
+
+    def _sizes(self) -> list[tuple[Place, torch.dtype, int]]:
+        """Place, dtype and bytes of each weight and buffer that will exist, what is tied counted once."""
         twins = {*self.tied, *self.compare, *self.tree.shared}
+        placement = self.placement
+        weights = [(placement.place_of(name, slot), name, slot) for name, slot in self.tree.weights.items()]
+        loose = [(placement.buffer_device(name), name, slot) for name, slot in self.tree.transient.items()]
         return [
-            (self.placement.find(name) or self.placement.main_device, slot.tensor.dtype, slot.tensor.nbytes)
-            for name, slot in self.tree.slots()
-            if name not in twins
+            (where, slot.tensor.dtype, slot.tensor.nbytes) for where, name, slot in weights + loose if name not in twins
         ]
 
     def memory_by_device(self) -> dict[str, int]:
-        """Bytes of weights and buffers on each device once loaded."""
+        """Bytes of weights and buffers on each device once loaded, and of those that stay on "disk"."""
         total: dict[str, int] = {}
         for device, _dtype, size in self._sizes():
             total[str(device)] = total.get(str(device), 0) + size
@@ -196,6 +212,7 @@ def make_plan(
     base_model_prefix: str = "",
     ignore_unexpected: Sequence[str] = (),
     ignore_missing: Sequence[str] = (),
+    offload_buffers: bool = False,
     devices_must_exist: bool = True,
 ) -> Plan:
     """Plan the loading of ``checkpoint`` into ``model``, whose weights are on meta in their final dtypes.
@@ -213,6 +230,7 @@ def make_plan(
         no_split=no_split,
         ties=ties,
         tree=tree,
+        offload_buffers=offload_buffers,
         must_exist=devices_must_exist,
     )
     matched, left = match_keys(
@@ -251,14 +269,15 @@ def make_plan(
 def _moves(
     matched: Mapping[str, str], checkpoint: Checkpoint, tree: Tree, placement: Placement
 ) -> tuple[list[Move], list[Mismatch]]:
-    moves, mismatched = [], []
+    moves, mismatched, made = [], [], []
     entries, weights = checkpoint.entries, tree.weights
     one = placement.find("") if len(placement.table) == 1 else None
     for name, key in matched.items():  # in the order of the checkpoint's entries, which is that of the files
         entry, slot = entries[key], weights[name]
         tensor, packing = slot.tensor, None
         wanted: tuple[int, ...] = tensor.shape
-        device, dtype = one or placement.device_of(name), tensor.dtype
+        where, dtype = one or placement.place_of(name, slot), tensor.dtype
+        device = CPU if where == DISK else where
         if (entry.shape != wanted or entry.dtype != dtype) and slot.is_packed:
             packing, wanted = _fit(name, entry, slot)
             if packing is None:
@@ -270,6 +289,12 @@ def _moves(
             transform = "none"
         elif packing is not None:
             transform = "quantize"
+            if where == DISK:
+                made.append(name)
+        elif where == DISK and _lies_ready(entry):
+            transform = "disk"
+            if entry.dtype != dtype:
+                _check_cast(entry, name, dtype)
         elif entry.dtype != dtype:
             _check_cast(entry, name, dtype)
             transform = "cast"
@@ -277,8 +302,22 @@ def _moves(
             transform = "map" if entry.values.home == device else "copy"
         else:
             transform = "map" if device.type == "cpu" and entry.offset % dtype.itemsize == 0 else "copy"
+        if where == DISK and entry.values is not None and transform in ("cast", "copy"):
+            made.append(name)
         moves.append(Move(name, entry, device, dtype, transform, packing))
+    if made:
+        raise DeviceMapError(
+            f"{len(made)} weights are to stay on disk, but they are quantized or decoded while loading, and "
+            f"nothing is written: {_listed(made)}. Convert or quantize the checkpoint first, or give them room in memory"
+        )
     return moves, mismatched
+
+
+def _lies_ready(entry: TensorEntry) -> bool:
+    """Whether a tensor can be used from where it lies, in its own dtype: in its file, or in the caller's memory."""
+    if entry.values is not None:
+        return entry.values.home == CPU
+    return entry.offset % entry.dtype.itemsize == 0
 
 
 def _fit(name: str, entry: TensorEntry, slot: Slot) -> tuple[Packing | None, tuple[int, ...]]:

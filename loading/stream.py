@@ -126,7 +126,9 @@ class _Groups(NamedTuple):
 def _grouped(moves: Sequence[Move], way: Way) -> _Groups:
     groups = _Groups([], [], [], [])
     for move in moves:
-        if move.transform == "map":
+        if move.transform == "disk":
+            groups.mapped.append(move)
+        elif move.transform == "map":
             (groups.mapped if way.mapped else groups.filled).append(move)
         elif move.transform == "quantize":
             (groups.packed if move.device.type == "cpu" else groups.away).append(move)

@@ -17,6 +17,7 @@ from .. import kernels
 from ..errors import ArgumentError, AttentionError, ConfigError, GenerationError, nearest
 from ..kernels import AUTO, Kernels
 from ..loading.collector import collector_paused
+from ..loading.placement import ON_DISK, RUNS_ON
 from ..quant.packed import refuse_cast, refuse_training
 from . import pretrained, quantized
 from .adapters.methods import AdapterMethods
@@ -363,13 +364,18 @@ class CausalLM(AdapterMethods, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point parameter."""
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+        """The dtype of the first floating-point parameter, as it is used (one on disk may be held in another)."""
+        return next(
+            vars(module).get(ON_DISK, {}).get(name, parameter.dtype)
+            for module in self.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and parameter.is_floating_point()
+        )
 
     @property
     def device(self) -> torch.device:
-        """The device of the first parameter, which is where inputs belong."""
-        return next(self.parameters()).device
+        """Where inputs belong: the device of the first parameter, or the first that a spread-out model runs on."""
+        return vars(self).get(RUNS_ON) or next(self.parameters()).device
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of parameters, tied ones counted once; codes count as the numbers they stand for."""

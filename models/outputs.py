@@ -106,6 +106,7 @@ def keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tenso
     """
     if isinstance(logits_to_keep, int):
         return hidden_states if logits_to_keep == 0 else hidden_states[:, -logits_to_keep:, :]
+    logits_to_keep = logits_to_keep.to(hidden_states.device)
     if logits_to_keep.dim() == 1:
         return hidden_states[:, logits_to_keep, :]
     if logits_to_keep.dtype == torch.bool:

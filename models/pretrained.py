@@ -37,12 +37,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("loadstone.models")
 _Model = TypeVar("_Model", bound="CausalLM")
 _LOAD_ARGUMENTS = (
-    "config", "dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation", "kernels", "state_dict",
-    "gguf_file",
+    "config", "dtype", "torch_dtype", "device_map", "max_memory", "offload_buffers", "attn_implementation", "kernels",
+    "state_dict", "gguf_file",
     "quantization_config", "variant", "use_safetensors", "key_mapping", "ignore_mismatched_sizes", "strict",
     "output_loading_info", "generation_config", "trust_remote_code", "code_revision", "progress", "disable_mmap",
 )  # fmt: skip
-_NO_EFFECT = ("low_cpu_mem_usage",)  # what it asked for is how loading works
+# What they asked for is how loading works: nothing is built twice, and what is offloaded stays in its own files.
+_NO_EFFECT = ("low_cpu_mem_usage", "offload_folder", "offload_state_dict")
 
 
 def load_pretrained(
@@ -53,7 +54,8 @@ def load_pretrained(
     dtype: torch.dtype | str | None = None,
     torch_dtype: torch.dtype | str | None = None,
     device_map: Any = None,
-    max_memory: Mapping[int | str, int | str] | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    offload_buffers: bool = False,
     attn_implementation: str | None = None,
     kernels: Kernels | str | Mapping[str, str] = "auto",
     quantization_config: Any = None,
@@ -100,6 +102,7 @@ def load_pretrained(
         checkpoint,
         device_map=default_place(quantizer, device_map),
         max_memory=max_memory,
+        offload_buffers=offload_buffers,
         skip_keys=model._skip_keys_device_placement,
         key_mapping=key_mapping,
         ignore_mismatched_sizes=ignore_mismatched_sizes,

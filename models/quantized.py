@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import QuantizationError
+from ..errors import OffloadError, QuantizationError
+from ..loading.offload import is_offloaded
 from .configuration import PreTrainedConfig
 
 if TYPE_CHECKING:
@@ -64,6 +65,11 @@ def dequantize(model: CausalLM, dtype: torch.dtype | None = None) -> CausalLM:
     """See `CausalLM.dequantize`."""
     if model.hf_quantizer is None:
         raise QuantizationError(f"this {type(model).__name__} is not quantized; there is nothing to dequantize")
+    if is_offloaded(model):
+        raise OffloadError(
+            "some weights of this model are offloaded, and decoded they would all have to be in memory; load the model "
+            "on one device to dequantize it"
+        )
     with torch.no_grad():
         model.hf_quantizer.dequantize(model, dtype)
     plain_config(model.config)

@@ -88,6 +88,9 @@ def dequantize_linears(model: nn.Module, dtype: torch.dtype | None = None) -> li
                     from accelerate.hooks import add_hook_to_module
 
                     add_hook_to_module(plain, hook)
+                for table, hooks in vars(child).items():  # and what else hangs on the layer, whoever put it there
+                    if table.startswith("_forward") and "hooks" in table:
+                        vars(plain)[table].update(hooks)
                 parent._modules[attribute] = plain
                 replaced.append(f"{path}.{attribute}" if path else attribute)
     return replaced

@@ -116,9 +116,11 @@ class AutoModelForCausalLM:
             of the configuration override it.
         dtype: a torch dtype or its name; None and "auto" take config.json's, else that of the first tensor.
             ``torch_dtype`` is its older name.
-        device_map: None (the CPU, or the device of an enclosing ``torch.device(...)``), a device in any spelling, a
-            dictionary of module names to devices, or "auto", "balanced", "balanced_low_0", "sequential", with
-            ``max_memory`` per device. With several devices accelerate moves the activations.
+        device_map: None (the CPU, or the device of an enclosing ``torch.device(...)``), a device in any spelling,
+            "disk", a dictionary of module names to devices, "cpu" and "disk", or "auto", "balanced", "balanced_low_0",
+            "sequential"; see docs/device_maps.md. Weights on the CPU or on disk beside an accelerator visit it block by
+            block. max_memory: {device, "cpu" or "disk": size}, kept by every map. offload_buffers (a keyword): plain
+            buffers visit too. offload_folder is accepted and stays empty: weights on disk stay in their own files.
         attn_implementation: "sdpa" (default), "eager", "flash_attention_2" (also "flash": our Triton kernel, on a GPU),
             or a registered name.
         kernels: which implementation of the other operations runs: "auto" (Triton on a GPU, torch elsewhere), "torch",

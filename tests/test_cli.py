@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from sparse import llama_70b, sparse_checkpoint
 
 import loadstone
 from loadstone.cli import main
 from loadstone.cli.output import Output, count, sparkline
-from loadstone.models.pretrained import build_on_meta
 
 
 @pytest.fixture
@@ -31,28 +30,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
         return status, captured.out, captured.err
 
     return call
-
-
-def sparse_checkpoint(directory: Path, config: Any, shards: int) -> None:
-    """A checkpoint of any size whose tensors are holes in its files."""
-    shapes = {
-        name: tuple(t.shape) for name, t in build_on_meta(loadstone.LlamaForCausalLM, config).state_dict().items()
-    }
-    names = list(shapes)
-    weight_map = {}
-    for shard in range(shards):
-        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        header, offset = {}, 0
-        for name in names[len(names) * shard // shards : len(names) * (shard + 1) // shards]:
-            end = offset + 2 * torch.Size(shapes[name]).numel()
-            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [offset, end]}
-            weight_map[name], offset = file, end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        (directory / file).write_bytes(struct.pack("<Q", len(text)) + text)
-        os.truncate(directory / file, 8 + len(text) + offset)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (directory / "config.json").write_text(config.to_json_string())
 
 
 def test_help_does_not_import_torch() -> None:
@@ -111,11 +88,7 @@ def test_inspect_shows_what_does_not_fit(run: Any, tmp_path: Path) -> None:
 
 
 def test_inspect_plans_70b_for_devices_that_are_not_here(run: Any, tmp_path: Path) -> None:
-    config = loadstone.LlamaConfig(
-        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-        num_key_value_heads=8, max_position_embeddings=8192, dtype="bfloat16",
-    )  # fmt: skip
-    sparse_checkpoint(tmp_path, config, shards=15)
+    sparse_checkpoint(tmp_path, llama_70b(), shards=15)
     budget = ["--device-map", "sequential", "--max-memory", "0=80GB", "1=80GB"]
     facts = json.loads(run("inspect", str(tmp_path), "--json", *budget)[1])
     assert facts["parameters"] == 70_553_706_496
@@ -127,6 +100,35 @@ def test_inspect_plans_70b_for_devices_that_are_not_here(run: Any, tmp_path: Pat
     assert "70.6 B" in out
     assert "model.layers.{" in out
     assert len(out.splitlines()) < 50
+
+
+@pytest.mark.parametrize("budget", [["0=80GB,cpu=20GB"], ["0=80GB", "cpu=20GB"], ["cuda:0=80GB, cpu=20GB"]])
+def test_inspect_says_what_stays_in_the_files(run: Any, tmp_path: Path, budget: list[str]) -> None:
+    sparse_checkpoint(tmp_path, llama_70b(), shards=3)
+    options = ["--device-map", "auto", "--max-memory", *budget]
+    plan = json.loads(run("inspect", str(tmp_path), "--json", *options)[1])["plan"]
+    assert set(plan["device_map"].values()) == {0, "cpu", "disk"}
+    sizes = plan["bytes_by_device"]
+    assert sizes["cuda:0"] + plan["reserved_for_visitors"] <= plan["limits"]["cuda:0"] == 80 * 10**9
+    assert sizes["cpu"] <= plan["limits"]["cpu"] == 20 * 10**9
+    assert abs(sum(sizes.values()) - 2 * 70_553_706_496) < 4096
+    assert plan["does_not_fit"] == []
+    out = run("inspect", str(tmp_path), *options)[1]
+    assert "left in the files" in out
+    assert "DOES NOT FIT" not in out
+    short = run("inspect", str(tmp_path), *options, "disk=1GB")
+    assert short[0] == 0
+    assert "DOES NOT FIT" in short[1]
+    for one in json.loads(run("inspect", str(tmp_path), "--json", *options, "disk=1GB")[1])["plan"]["does_not_fit"]:
+        assert one["needed"] > one["limit"]
+
+
+def test_limits_that_make_no_sense(run: Any, tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path, "llama")
+    for words in (["0=80GB,0=1GB"], ["0=lots"], ["gpu=1GB"]):
+        status, _, err = run("inspect", str(tmp_path), "--device-map", "auto", "--max-memory", *words)
+        assert status == 2
+        assert len(err.splitlines()) == 1
 
 
 def test_generate_streams_what_generate_gives(run: Any) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import ArgumentError
+from ...errors import ArgumentError, OffloadError
+from ...loading.placement import ON_DISK, RUNS_ON
 from ...quant.packed import PackedLinear, holds_in_out
 from ...quant.wrappers import Codes, decoded
 from .config import LoraConfig
@@ -63,8 +64,8 @@ class LoraLinear(nn.Module):
             return out
         down: Any = self.lora_A[name]
         up: Any = self.lora_B[name]
-        x = self.lora_dropout[name](hidden_states.to(down.weight.dtype))
-        return (out + up(down(x)) * self.scaling[name]).to(out.dtype)
+        x = self.lora_dropout[name](hidden_states.to(down.weight.device, down.weight.dtype))
+        return (out + (up(down(x)) * self.scaling[name]).to(out.device)).to(out.dtype)
 
     def delta(self, name: str) -> Tensor:
         """scaling · B · A, (out_features, in_features), in the adapter's dtype."""
@@ -81,7 +82,12 @@ class LoraLinear(nn.Module):
         base: Any = self.base_layer
         if any(tensor.is_meta for tensor in (*base.parameters(), *base.buffers())):
             raise ArgumentError("weights that are offloaded cannot be merged into; load them onto a device first")
-        delta = self.delta(self.active)
+        if vars(base).get(ON_DISK):
+            raise OffloadError(
+                "weights that stay on disk are not written to, so no adapter is merged into them; load the model with "
+                "device_map='cpu', or run with the adapter beside them"
+            )
+        delta = self.delta(self.active).to(base.weight.device)
         if isinstance(base, PackedLinear):
             codes = Codes(base)
             with decoded(base) as matrix:
@@ -100,7 +106,7 @@ class LoraLinear(nn.Module):
         if isinstance(base, PackedLinear) and self._codes is not None:
             self._codes.restore(base)
         else:
-            delta = self.delta(self.merged)
+            delta = self.delta(self.merged).to(base.weight.device)
             base.weight -= delta.t() if self.in_out else delta
         self.merged = self._codes = None
 
@@ -126,7 +132,9 @@ def _home(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
     tensor = next((t for t in (*layer.parameters(), *layer.buffers())), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     executes_on = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
-    if device.type == "meta" and executes_on is not None:
-        device = torch.device(executes_on)  # offloaded: accelerate brings the weights there for the forward
+    if RUNS_ON in vars(layer):
+        device = vars(layer)[RUNS_ON]  # offloaded: the weights are brought there for the forward
+    elif device.type == "meta" and executes_on is not None:
+        device = torch.device(executes_on)  # the same, by accelerate
     double = tensor is not None and tensor.dtype == torch.float64
     return device, torch.float64 if double else torch.float32

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import toy
-from torch import nn
 
 from loadstone.loading import files, progress
 from loadstone.loading import load as load_module
@@ -80,7 +79,7 @@ def test_contexts_of_torch_do_not_matter(tmp_path: Path) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("where", ["stream", "recompute_buffers", "_assign", "_dispatch", "stream interrupted"])
+@pytest.mark.parametrize("where", ["stream", "recompute_buffers", "_assign", "dispatch", "stream interrupted"])
 def test_no_half_built_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     tensors = toy.weights(dtype=torch.bfloat16)
     del tensors["model.layers.5.up.weight"]
@@ -96,12 +95,13 @@ def test_no_half_built_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wh
     elif where == "_assign":
         real = load_module._assign
         monkeypatch.setattr(load_module, "_assign", lambda *given: (real(*given), fail()))
+    elif where == "dispatch":
+        monkeypatch.setattr("loadstone.loading.dispatch.in_a_row", fail)
     else:
         monkeypatch.setattr(load_module, where, fail)
-    if where == "_dispatch":
-        monkeypatch.setattr(load_module, "_needs_dispatch", lambda plan: True)
     with pytest.raises((OSError, KeyboardInterrupt)):
-        toy.load(tmp_path, model, device_map="cpu")
+        toy.load(tmp_path, model, device_map="disk" if where == "dispatch" else "cpu")
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
@@ -194,24 +194,3 @@ def test_reports_print_and_cut() -> None:
     assert human(999) == "999 B"
     assert human(1500) == "1.5 kB"
     assert LoadReport("a", "b", 0).gb_per_second == 0
-
-
-class TwoDevices(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.b(self.a(x))
-
-
-def test_several_devices_go_through_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No second device here: the map is real, the hooks are accelerate's, both devices are this CPU."""
-    calls: list[tuple] = []
-    monkeypatch.setattr("accelerate.dispatch_model", lambda model, **options: calls.append((model, options)))
-    monkeypatch.setattr(load_module, "_needs_dispatch", lambda plan: True)
-    tensors = {name: tensor.clone() for name, tensor in TwoDevices().state_dict().items()}
-    model = toy.meta(kind=TwoDevices)
-    toy.load(toy.save(tmp_path, tensors), model, device_map={"a": "cpu", "b": "cpu"}, skip_keys=["past"])
-    assert calls == [(model, {"device_map": {"a": "cpu", "b": "cpu"}, "skip_keys": ["past"]})]
-    assert toy.same(model, tensors)

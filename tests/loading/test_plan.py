@@ -141,7 +141,7 @@ def test_memory(tmp_path: Path) -> None:
     head = 11 * 8 * 2
     assert tied.memory_by_dtype() == {"bfloat16": total // 2 - head, "float32": 16}
     split = planned(tmp_path / "c", toy.weights(), device_map={"": "cpu", "lm_head": 1}, devices_must_exist=False)
-    assert split.memory_by_device()["cuda:1"] == 2 * head
+    assert split.memory_by_device()["cuda:1"] == 2 * head + 28  # and the buffers, which stay where they are used
 
 
 def test_plan_prints(tmp_path: Path) -> None:
