@@ -127,7 +127,7 @@ def cpu_available() -> int:
             import psutil
         except ImportError as error:
             raise DeviceMapError(
-                "cannot find out how much memory this machine has; say it: max_memory={'cpu': '60GiB'}, or name a device"
+                "cannot find out how much memory this machine has; pass max_memory={'cpu': '60GiB'}, or a device"
             ) from error
         available = int(psutil.virtual_memory().available)
     for limit, usage, statistics in (

@@ -308,7 +308,7 @@ def _moves(
     if made:
         raise DeviceMapError(
             f"{len(made)} weights are to stay on disk, but they are quantized or decoded while loading, and "
-            f"nothing is written: {_listed(made)}. Convert or quantize the checkpoint first, or give them room in memory"
+            f"nothing is written: {_listed(made)}. Convert or quantize the checkpoint first, or give them memory"
         )
     return moves, mismatched
 
