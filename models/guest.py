@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import ArgumentError, QuantizationError, RemoteCodeError, nearest
+from ..errors import ArgumentError, MissingWeightsError, QuantizationError, RemoteCodeError, nearest
 from ..loading.load import load_into
-from ..loading.plan import make_plan
+from ..loading.plan import Plan, make_plan
 from ..loading.source import HUB_ARGUMENTS, Source
 from .adapters.source import AdaptedSource
 from .configuration import read_config_file
@@ -79,6 +79,7 @@ def load_guest(
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     model, restore = build_guest(cls, config, final)
+    _check_names(make_plan(model, checkpoint, device_map="meta", **_declarations(model, key_mapping)))
     report = load_into(
         model,
         checkpoint,
@@ -148,6 +149,25 @@ def _check_plain(cls: type, config: Any, asked: Any) -> None:
             f"{cls.__name__} is not loadstone's class: its layers are not made into quantized ones. Where loadstone "
             "has a class for this model_type, leave out trust_remote_code"
         )
+
+
+def _check_names(plan: Plan) -> None:
+    """MissingWeightsError where weights are missing and others have no place: then a name has changed.
+
+    What a library renames or merges by itself when it loads a class of its own, nobody does here.
+    """
+    if plan.missing and plan.unexpected:
+        raise MissingWeightsError(
+            f"{plan.name}: {len(plan.missing)} weights of {plan.model_class} are not in its files, which hold "
+            f"{len(plan.unexpected)} others: {_shown(plan.missing)} are missing, {_shown(plan.unexpected)} are left."
+            " The library that the class is written for may translate the names or merge tensors as it loads: pass "
+            "key_mapping={pattern: replacement} if it is the names, else load it with that library"
+        )
+
+
+def _shown(names: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
 
 
 def _declarations(model: nn.Module, key_mapping: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -138,6 +138,50 @@ def test_a_class_written_for_transformers(tmp_path: Path, modeling: str, config:
         assert torch.equal(ours.generate(IDS), theirs.generate(IDS))
 
 
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8, "n_layer": 2, "n_head": 4, "ffn_dim": 48,
+    "word_embed_proj_dim": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind", ["qwen2", "phi", "falcon", "bloom", "opt", "gemma2", "stablelm", "mamba", "rwkv", "mpt"]
+)
+def test_architectures_of_every_kind(tmp_path: Path, kind: str) -> None:
+    """Rope, alibi, learned positions, fused projections, states: parameters, buffers and logits are the peer's."""
+    config_class = transformers.CONFIG_MAPPING[kind]
+    model_class = transformers.AutoModelForCausalLM._model_mapping[config_class]
+    known = {*config_class().to_dict(), *config_class.attribute_map}
+    torch.manual_seed(0)
+    model_class(config_class(**{name: value for name, value in SIZES.items() if name in known})).save_pretrained(
+        tmp_path
+    )
+    (tmp_path / "modeling.py").write_text(
+        f"from transformers import {config_class.__name__} as C, {model_class.__name__} as M\n"
+        f"class GuestConfig(C):\n    model_type = 'guest-{kind}'\n"
+        "class Guest(M):\n    config_class = GuestConfig\n"
+    )
+    values = json.loads((tmp_path / "config.json").read_text())
+    auto_map = {"AutoConfig": "modeling.GuestConfig", "AutoModelForCausalLM": "modeling.Guest"}
+    (tmp_path / "config.json").write_text(json.dumps({**values, "model_type": f"guest-{kind}", "auto_map": auto_map}))
+    for dtype in (None, "bfloat16"):
+        ours, theirs = (
+            library.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, dtype=dtype)
+            for library in (loadstone, transformers)
+        )
+        assert ours.load_report.fits
+        assert {name: p.dtype for name, p in ours.named_parameters()} == {
+            name: p.dtype for name, p in theirs.named_parameters()
+        }
+        buffers = dict(theirs.named_buffers())
+        for name, buffer in ours.named_buffers():
+            assert buffer.dtype == buffers[name].dtype
+            assert torch.equal(buffer, buffers[name]), name
+        with torch.no_grad():
+            assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+
+
 def test_a_guest_is_saved_with_its_code_for_both(tmp_path: Path) -> None:
     place = repository(tmp_path / "guest", MODELING)
     ours = loadstone.AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True)
