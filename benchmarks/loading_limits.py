@@ -55,7 +55,7 @@ def warm_cache(files: Sequence[Path]) -> None:
                 pass
 
 
-def least(work: Callable[[int, int], None], prepare: Callable[[], None], tries: int = 6) -> float:
+def least(work: Callable[[int, int], None], prepare: Callable[[], None], tries: int = 3) -> float:
     """Seconds of the fastest of the ways, each tried in turn."""
     best = float("inf")
     for turn in range(tries):
@@ -129,7 +129,7 @@ def read(files: Sequence[Path], *, cold: bool = False) -> float:
             os.close(descriptor)
 
     if cold:
-        return least(work, lambda: drop_cache(files), tries=3)
+        return least(work, lambda: drop_cache(files), tries=2)
     return least(work, lambda: None)
 
 

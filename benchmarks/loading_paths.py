@@ -21,12 +21,12 @@ from . import loading_limits as limits
 from .loading_peers import PEERS, NoWay, least, loader
 
 WARM = ["mapped", "mapped, touched", "cast", "read", "read, cast"]
-COLD = ["cold, read", "cold, cast"]
 ROWS: dict[str, dict[str, Any]] = {
-    "bf16, one file": {"work": "paths_bf16", "stored": "bfloat16", "dtype": "float32", "ways": [*WARM, *COLD]},
+    "bf16, one file": {"work": "paths_bf16", "stored": "bfloat16", "dtype": "float32",
+                       "ways": [*WARM[:-1], "on the disk", "cold, read"]},
     "fp32, one file": {"work": "paths_fp32", "stored": "float32", "dtype": "bfloat16", "ways": ["cast", "read, cast"]},
     "bf16, many shards": {"work": "paths_shards", "stored": "bfloat16", "dtype": "float32",
-                          "ways": ["mapped", "mapped, touched", "cast", "read"]},
+                          "ways": ["mapped, touched", "cast"]},
 }  # fmt: skip
 GPU_WAYS = ["GPU", "GPU, cast", "cold, GPU"]
 SPARE = 256.0  # MB beyond the model that a load may take
