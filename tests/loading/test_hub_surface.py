@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import json
 import os
 import subprocess
 import sys
@@ -107,6 +108,39 @@ def test_a_whole_load_through_a_proxy(hub: Any, proxy: Any) -> None:
     assert proxy[1]
 
 
+def sharded(count: int = 3) -> dict[str, bytes]:
+    """The model in several files, whose headers are looked at before the files are there."""
+    tensors = {name: tensor.clone() for name, tensor in tiny.model("llama").state_dict().items()}
+    files, weight_map = {"config.json": model_files()["config.json"]}, {}
+    for number in range(count):
+        name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        part = dict(list(tensors.items())[number::count])
+        files[name] = save(part, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    return {**files, "model.safetensors.index.json": json.dumps(index).encode()}
+
+
+def test_shards_that_arrive_while_loading_go_through_the_proxy(hub: Any, proxy: Any) -> None:
+    hub.repo("org/shards", sharded())
+    model = AutoModelForCausalLM.from_pretrained("org/shards", proxies={"http": proxy[0]})
+    assert model.load_report.fits
+    assert len(proxy[1]) == len(hub.take()) > 8
+
+
+def test_parts_of_shards_at_another_host_are_asked_for_without_the_token(hub: Any) -> None:
+    hub.repo("org/private", sharded(), token=TOKEN)
+    other = type(hub)()
+    try:
+        hub.redirect_to = other.url.replace("127.0.0.1", "localhost")
+        model = AutoModelForCausalLM.from_pretrained("org/private", token=TOKEN, verify="sha256")
+        assert torch.equal(model.lm_head.weight, tiny.model("llama").lm_head.weight)
+        assert len(other.requests) >= 3
+        assert {request.authorization for request in other.requests} == {None}
+    finally:
+        other.close()
+
+
 def test_only_the_call_that_names_a_proxy_uses_it(
     hub: Any, repo: Any, proxy: Any, point_client_at: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +197,8 @@ def flipped(name: str) -> Any:
             return False
         content = bytearray(handler.hub.repos["org/llama"].at("main")[1][name])
         content[-1] ^= 1
+        if handler.headers.get("Range"):  # a look at the header alone
+            return False
         handler.answer(200, bytes(content))
         return True
 
@@ -185,6 +221,17 @@ def test_a_flipped_bit_is_found_on_request(hub: Any, verify: Any, tmp_path: Path
     hub.take()
     AutoModelForCausalLM.from_pretrained("org/llama", verify=verify, local_files_only=True)
     assert hub.take() == []
+
+
+def test_a_flipped_bit_in_a_shard_that_arrives_while_loading(hub: Any) -> None:
+    hub.repo("org/llama", sharded())
+    hub.fault = flipped("model-00002-of-00003.safetensors")
+    with pytest.raises(IntegrityError, match=r"'model-00002-of-00003\.safetensors'.*hash differs"):
+        AutoModelForCausalLM.from_pretrained("org/llama", verify="sha256")
+    hub.fault = None
+    model = AutoModelForCausalLM.from_pretrained("org/llama", verify="sha256")
+    wanted = tiny.model("llama").state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_configuration_is_verified_too(hub: Any, tmp_path: Path) -> None:
