@@ -21,7 +21,7 @@ def loader(side: str, way: str, work: dict[str, Any]) -> Load:
     """A call that brings all tensors by ``way`` and returns what holds them. NoWay if there is none."""
     torch = importlib.import_module("torch")
     dtype = getattr(torch, work["dtype"] if "cast" in way else work["stored"])
-    device = "cuda" if "GPU" in way else "cpu"
+    device = "cuda:0" if "GPU" in way else "cpu"
     files = sorted(Path(work["path"]).glob("*.safetensors"))
     if side in ("loadstone", "transformers"):
         return _of_models(side, way, work, device)
@@ -35,8 +35,8 @@ def _of_models(side: str, way: str, work: dict[str, Any], device: str) -> Load:
         if side == "transformers":
             raise NoWay("offloads to the disk only beside another device")
         options["device_map"] = {"": "disk"}
-    elif device == "cuda":
-        options["device_map"] = "cuda"
+    elif device != "cpu":
+        options["device_map"] = device
     if "read" in way:
         options["disable_mmap"] = True
     return lambda: auto.from_pretrained(work["path"], **options)
@@ -94,10 +94,11 @@ def least(way: str, work: dict[str, Any]) -> float:
     files = sorted(Path(work["path"]).glob("*.safetensors"))
     if "touched" in way:
         return limits.touch(files)
-    if "GPU" in way:
-        return limits.to_device(work["bytes"], torch.device("cuda"))
-    if "cold" in way:
+    if "cold" in way and "GPU" not in way:
         return limits.read(files, cold=True)
+    if "GPU" in way:
+        bus = limits.to_device(work["bytes"], torch.device("cuda"))
+        return max(bus, limits.read(files, cold=True)) if "cold" in way else bus
     if "read" in way and "cast" not in way:
         return limits.read(files)
     if "cast" in way:

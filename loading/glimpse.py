@@ -71,7 +71,7 @@ def ranged(url: str, headers: Mapping[str, str], begin: int, end: int) -> tuple[
             wanted = min(end, size) - begin
             if start != begin or last + 1 - begin != wanted:
                 return None
-            raw = b""
+            raw = bytearray()
             for chunk in chunks:
                 raw += chunk
                 if len(raw) > wanted:
@@ -80,7 +80,7 @@ def ranged(url: str, headers: Mapping[str, str], begin: int, end: int) -> tuple[
         if isinstance(error, (TypeError, AttributeError, NameError)):  # a fault of ours, or a version we do not know
             raise
         return None
-    return (raw, size) if len(raw) == wanted else None
+    return (bytes(raw), size) if len(raw) == wanted else None
 
 
 @contextmanager

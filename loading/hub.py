@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import GatedError, HubError, NotFoundError, OfflineError, RepoIdError
-from .arrivals import Arrivals
+from .arrivals import Abandoned, Arrivals
 from .glimpse import glimpse
 from .proxies import Proxies, through
 from .source import Expected, Source, check_filename, missing_weights
@@ -124,10 +124,17 @@ class HubSource(Source):
         names = list(dict.fromkeys(filenames))
         if not names:
             return []
+        ended = threading.Event()
+
+        def watch() -> None:
+            if ended.is_set():
+                raise Abandoned("another file failed, or the caller was interrupted")
+
         with ThreadPoolExecutor(min(_DOWNLOADS, len(names))) as pool:
             try:
-                found = dict(zip(names, pool.map(self.find, names), strict=True))
+                found = dict(zip(names, pool.map(lambda name: self.find(name, watch), names), strict=True))
             except BaseException:
+                ended.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         missing = [name for name, path in found.items() if path is None or not path.is_file()]

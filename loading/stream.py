@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..errors import IntegrityError
+from ..errors import ArgumentError, IntegrityError
 from .arena import allocate
 from .checkpoint import Checkpoint
 from .files import Files
@@ -47,6 +47,8 @@ def choose_way(plan: Plan, disable_mmap: bool | None) -> Way:
     What would not fit the free memory if it were read stays mapped, with a warning.
     """
     if disable_mmap is not None:
+        if not isinstance(disable_mmap, bool):
+            raise ArgumentError(f"disable_mmap= is True, False or None (chosen by itself), not {disable_mmap!r}")
         return Way(False, "disable_mmap=True") if disable_mmap else MAPPED
     in_files = [move for move in plan.moves if move.transform != "none" and move.entry.values is None]
     kind = far_file_system({move.entry.file: None for move in in_files})

@@ -304,7 +304,7 @@ def test_a_gpus_rows_on_the_cpu(tiny_checkpoint: str, tmp_path: Path, monkeypatc
         assert share == pytest.approx(row["bytes a token"] * speed / result["ceilings"]["copy, B/s"])
         assert row["targets"]["of a copy"] == {"wanted": 0.8, "found": pytest.approx(share)}
         assert row["targets"]["times the peer's tokens/s"]["wanted"] == 1.5
-        assert 0 < row["logits apart"] < 0.1
+        assert 0 <= row["logits apart"] < 0.1  # some come out the same to the last bit
         assert set(row["work"]) == set(rows[row["row"]])
 
 

@@ -14,6 +14,7 @@ import toy
 
 from loadstone.errors import (
     FormatError,
+    GatedError,
     HubError,
     IntegrityError,
     MissingWeightsError,
@@ -406,6 +407,32 @@ def test_an_interrupt_ends_the_downloads(
     finally:
         dribble.stop.set()
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_one_failure_ends_the_other_downloads(
+    hub: Any, repo: Any, monkeypatch: pytest.MonkeyPatch, early: bool
+) -> None:
+    """Also of a load that downloads everything first: nobody waits for gigabytes that are of no use any more."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    dribble = Dribble()
+
+    def fault(handler: Any) -> bool:
+        if shard(1) in handler.path and not handler.headers.get("Range"):
+            assert dribble.begun.wait(PATIENCE)
+            handler.error(403, "GatedRepo")
+            return True
+        return dribble(handler)
+
+    hub.fault = fault
+    try:
+        with pytest.raises(GatedError, match=shard(1)):
+            load_into(toy.meta(torch.bfloat16), open_checkpoint(resolve_source("org/name"), early=early))
+        assert dribble.gone.wait(PATIENCE)
+    finally:
+        dribble.stop.set()
 
 
 def test_clients_that_cannot_be_watched(hub: Any, repo: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from tiny import examples
 from torch import nn
 
 from loadstone import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from loadstone.errors import IntegrityError, ReadError
+from loadstone.errors import ArgumentError, IntegrityError, ReadError
 from loadstone.loading import arena, files, filesystem, fill, reading
 from loadstone.loading.load import load_into
 
@@ -131,6 +131,13 @@ def test_from_pretrained_takes_the_argument(tmp_path: Path) -> None:
         assert model.load_report.not_mapped == "disable_mmap=True"
         assert model.load_report.to_dict()["not_mapped"] == "disable_mmap=True"
         assert all(torch.equal(value, mapped.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("value", ["yes", 1, 0.0, [True]])
+def test_what_is_no_choice(tmp_path: Path, value: Any) -> None:
+    toy.save(tmp_path, toy.weights())
+    with pytest.raises(ArgumentError, match="disable_mmap"):
+        toy.load(tmp_path, disable_mmap=value)
 
 
 # Chosen by itself
