@@ -7,7 +7,7 @@ and a head named ``lm_head``, and calls ``post_init()`` last. Everything else is
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -19,13 +19,17 @@ from ..kernels import AUTO, Kernels
 from ..loading.collector import collector_paused
 from ..loading.placement import ON_DISK, RUNS_ON
 from ..quant.packed import refuse_cast, refuse_training
-from . import pretrained, quantized
+from . import accounting, pretrained, quantized
 from .adapters.methods import AdapterMethods
 from .cache import one_spelling
 from .configuration import PreTrainedConfig
 from .custom_code import check_auto_class
+from .freezing import set_trainable
 from .head import why_not_fused
 from .outputs import CausalLMOutputWithPast, keep_positions
+from .packing import PACKING
+from .peer_class import reduce_by_type, seen_class, set_class
+from .recompute import recomputation
 
 _Model = TypeVar("_Model", bound="CausalLM")
 _LOSS_KWARGS = ("num_items_in_batch", "shift_labels", "ignore_index")
@@ -45,6 +49,11 @@ class CausalLM(AdapterMethods, nn.Module):
     base_model_prefix: ClassVar[str] = "model"
     main_input_name: ClassVar[str] = "input_ids"
     supports_gradient_checkpointing: ClassVar[bool] = True
+    loss_type: ClassVar[str] = (
+        "ForCausalLM"  # the peers' name of a loss that shifts labels: how the Trainer counts them
+    )
+    is_parallelizable: ClassVar[bool] = False
+    model_parallel: ClassVar[bool] = False
     _tied_weights_keys: ClassVar[dict[str, str]] = {}
     _no_split_modules: ClassVar[list[str]] = []
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
@@ -59,6 +68,13 @@ class CausalLM(AdapterMethods, nn.Module):
     is_loaded_in_4bit: bool = False
     is_loaded_in_8bit: bool = False
     quantization_method: str | None = None
+    model_tags: list[str] | None = None
+    _input_grads_hook: Any = None
+
+    __class__ = property(seen_class, set_class)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return super().__reduce_ex__(protocol) if type(self) is self.__class__ else reduce_by_type(self)
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -70,6 +86,7 @@ class CausalLM(AdapterMethods, nn.Module):
         self.config: Any = config
         self.name_or_path: str = config.name_or_path  # what it was loaded from, or an empty string; PEFT writes it
         self.load_report: Any = None
+        self.warnings_issued: dict[str, bool] = {}  # trainers note there what they said once
         self._generation_config: Any = None
         if config._attn_implementation is None:
             config._attn_implementation = "eager" if config.output_attentions else "sdpa"
@@ -137,7 +154,9 @@ class CausalLM(AdapterMethods, nn.Module):
         past_key_values, or by its newer name ``cache``: a cache, filled in place; use_cache: whether to make one
             (default ``config.use_cache``).
         labels: (batch, seq), int64, -100 = ignored; shifted inside. loss_kwargs: ``num_items_in_batch``,
-            ``shift_labels``, ``ignore_index`` (see `kernels.causal_lm_loss`).
+            ``shift_labels``, ``ignore_index`` (see `kernels.causal_lm_loss`); and of sequences packed into one row
+            ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q``, ``max_length_k`` or ``seq_idx`` (see
+            `models.packing`), which do not see each other and whose positions start over unless position_ids say other.
         logits_to_keep: logits for the last n positions only (0: all), or a tensor of positions (`keep_positions`).
         skip_logits: take the loss without ever holding the logits, which are None then (`linear_cross_entropy`).
             Default: in training mode with labels, if the head is a plain matrix (`why_not_fused`). False: both.
@@ -146,9 +165,12 @@ class CausalLM(AdapterMethods, nn.Module):
             that is asked for, or cannot be; AttentionError for attention weights that
             the implementation does not hold.
         """
+        packing = {name: loss_kwargs.pop(name) for name in PACKING if name in loss_kwargs}
         unknown = [name for name in loss_kwargs if name not in _LOSS_KWARGS]
         if unknown:
-            hint = nearest(unknown[0], ("input_ids", "attention_mask", "position_ids", "labels", *_LOSS_KWARGS))
+            hint = nearest(
+                unknown[0], ("input_ids", "attention_mask", "position_ids", "labels", *_LOSS_KWARGS, *PACKING)
+            )
             raise ArgumentError(f"{type(self).__name__}.forward got an unknown argument {unknown[0]!r}{hint}")
         has_labels = labels is not None or loss_kwargs.get("shift_labels") is not None
         fused = self._skips_logits(skip_logits, has_labels)
@@ -161,6 +183,7 @@ class CausalLM(AdapterMethods, nn.Module):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **packing,
         )
         hidden_states = keep_positions(outputs.last_hidden_state, logits_to_keep)
         loss = logits = None
@@ -295,7 +318,7 @@ class CausalLM(AdapterMethods, nn.Module):
         max_shard_size: bytes or "5GB". variant: as in ``model.<variant>.safetensors``. push_to_hub: upload too, with
         ``push_kwargs`` as in `push_to_hub` (repo_id defaults to the directory's name).
         Raises CheckpointError (PathError, ...) with the old checkpoint untouched; ArgumentError for
-        ``safe_serialization=False`` or an unknown keyword.
+        ``safe_serialization=False`` or an unknown keyword (``save_function``, of older loops, has no effect).
         """
         pretrained.save_pretrained(
             self,
@@ -345,6 +368,11 @@ class CausalLM(AdapterMethods, nn.Module):
         """The decoder without its head."""
         return self.base_model
 
+    def set_decoder(self, decoder: nn.Module) -> None:
+        """Replace the decoder, and tie the head to it if they are tied."""
+        setattr(self, self.base_model_prefix, decoder)
+        self.tie_weights()
+
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
         return self.base_model.get_input_embeddings()  # type: ignore[operator]
@@ -379,18 +407,19 @@ class CausalLM(AdapterMethods, nn.Module):
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of parameters, tied ones counted once; codes count as the numbers they stand for."""
-        excluded, codes = quantized.packed_numbers(self) if self.is_quantized else (set(), 0)
-        if exclude_embeddings:
-            excluded |= {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        return (0 if only_trainable else codes) + sum(
-            p.numel() for p in self.parameters() if id(p) not in excluded and (p.requires_grad or not only_trainable)
-        )
+        return accounting.num_parameters(self, only_trainable, exclude_embeddings)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes of parameters and, unless told not to, buffers; tied ones counted once."""
-        tensors: Iterator[Tensor] = self.parameters()
-        total = sum(p.nbytes for p in tensors)
-        return total + sum(b.nbytes for b in self.buffers()) if return_buffers else total
+        return accounting.memory_footprint(self, return_buffers)
+
+    def estimate_tokens(self, input_dict: Mapping[str, Any]) -> int:
+        """Tokens of a batch, padding counted: of ``input_ids``, else of ``inputs_embeds``, else 0."""
+        return accounting.tokens_of(self, input_dict)
+
+    def floating_point_ops(self, input_dict: Mapping[str, Any], exclude_embeddings: bool = True) -> int:
+        """About how many operations training takes on a batch: 6 a parameter and token, attention's not counted."""
+        return 6 * self.estimate_tokens(input_dict) * self.num_parameters(exclude_embeddings=exclude_embeddings)
 
     # Quantization
 
@@ -425,28 +454,94 @@ class CausalLM(AdapterMethods, nn.Module):
 
     # Training
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute each layer's activations in the backward pass instead of holding them.
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute layers' activations in the backward pass instead of holding them; dropout is drawn as before.
 
         gradient_checkpointing_kwargs: for ``torch.utils.checkpoint.checkpoint``; ``use_reentrant`` is False by default.
-        No cache is filled while training so.
+        every_n_layers: of so many layers the first is recomputed, the others hold theirs; 1: all are. offload: what
+        recomputed layers start from waits in the host's memory, pinned, instead of on the accelerator.
+        No cache is filled while training so. Raises ArgumentError for an unknown keyword.
         """
-        self.base_model.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}  # type: ignore[assignment]
+        chosen = recomputation(gradient_checkpointing_kwargs, every_n_layers, offload)
+        self.base_model.checkpointing = chosen  # type: ignore[assignment]
+        if chosen.arguments["use_reentrant"]:  # which passes gradients only to what asks for them at its door
+            self.enable_input_require_grads()
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """`gradient_checkpointing_enable` under its newer name."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     def gradient_checkpointing_disable(self) -> None:
         """Hold activations again."""
         self.base_model.checkpointing = None  # type: ignore[assignment]
+
+    activation_checkpointing_disable = gradient_checkpointing_disable
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether activations are recomputed in training."""
         return getattr(self.base_model, "checkpointing", None) is not None
 
+    is_activation_checkpointing = is_gradient_checkpointing
+
     def enable_input_require_grads(self) -> None:
         """Let gradients flow to the embeddings' output although the embedding is frozen (adapters need it)."""
+        self.disable_input_require_grads()
         embedding = self.get_input_embeddings()
         self._input_grads_hook = embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
 
     def disable_input_require_grads(self) -> None:
-        """Undo `enable_input_require_grads`."""
-        self._input_grads_hook.remove()
+        """Undo `enable_input_require_grads`, if it was called."""
+        if self._input_grads_hook is not None:
+            self._input_grads_hook.remove()
+            self._input_grads_hook = None
+
+    def freeze(self, *patterns: str) -> list[str]:
+        r"""Train the parameters no more in whose names any of the regular expressions is found; all without one.
+
+        ``model.freeze("embed_tokens", r"layers\.[0-3]\.")``; a tied parameter goes by each of its names.
+        Returns the names. Raises ArgumentError for a pattern that fits nothing.
+        """
+        return set_trainable(self, patterns, False)
+
+    def unfreeze(self, *patterns: str) -> list[str]:
+        """Undo `freeze`, for the same patterns or others. Raises QuantizationError for codes: they have no gradient."""
+        return set_trainable(self, patterns, True)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Give the token embedding and the head another number of rows, and ``config.vocab_size`` that number.
+
+        new_num_tokens: rows, None: as many as there are. pad_to_multiple_of: rounded up to one.
+        mean_resizing: new rows lie about the mean of the old ones; False: they are initialised as in a new model.
+        Parameters stay the objects they are, tied ones tied; returns the embedding. Make optimizers after it.
+        Raises ArgumentError for a size that is none, adapters on either or weights that are not in memory;
+            QuantizationError if either is quantized.
+        """
+        from .vocabulary import resize_token_embeddings
+
+        return resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+    # What trainers of others ask for
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Note words that trainers put on the card of a model they upload; each once."""
+        known = self.model_tags or []
+        new = [tags] if isinstance(tags, str) else tags
+        self.model_tags = list(dict.fromkeys([*known, *new]))
+
+    @property
+    def _keys_to_ignore_on_save(self) -> list[str] | None:
+        """Names that files do not hold, as they are tied: transformers' Trainer ties them after reading one."""
+        return list(self.active_ties()) or None

@@ -6,13 +6,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .. import kernels
 from ..errors import ArgumentError, AttentionError
 from .cache import DynamicCache, layer_windows
 from .masks import build_mask
 from .outputs import BaseModelOutputWithPast
+from .packing import given_segments, positions_in
+from .recompute import Recomputation
 
 
 class Decoder(nn.Module):
@@ -28,8 +29,8 @@ class Decoder(nn.Module):
     norm_name: ClassVar[str] = "norm"
 
     config: Any
-    checkpointing: dict[str, Any] | None = None
-    """Keyword arguments of torch's checkpoint while activations are recomputed in the backward pass, else None."""
+    checkpointing: Recomputation | None = None
+    """Which layers are computed again in the backward pass of a training, None for none."""
 
     def embed(
         self, inputs_embeds: Tensor, position_ids: Tensor, length: int | Tensor | None
@@ -62,13 +63,17 @@ class Decoder(nn.Module):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        **packing: Any,
     ) -> BaseModelOutputWithPast:
-        """See `CausalLM.forward`; returns the final hidden states (batch, seq, hidden_size)."""
+        """See `CausalLM.forward`; returns the final hidden states (batch, seq, hidden_size).
+
+        packing: what collators of packed sequences pass (`packing.PACKING`).
+        """
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         use_cache = config.use_cache if use_cache is None else use_cache
-        recompute = self.checkpointing is not None and self.training
+        recompute = self.checkpointing if self.training else None
         if output_attentions and not kernels.returns_weights(config._attn_implementation):
             raise AttentionError(
                 f"output_attentions=True needs an implementation that holds the weights, not "
@@ -79,31 +84,39 @@ class Decoder(nn.Module):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         cache = past_key_values
-        if recompute:
+        if recompute is not None:
             cache = None  # a recomputed forward would append its keys twice
         elif cache is None and use_cache:
             cache = DynamicCache(config)
 
+        batch, seq, _ = inputs_embeds.shape
+        segments = given_segments(packing, batch, seq, inputs_embeds.device) if packing else None
         windows = layer_windows(config)
         masks = {
             window: build_mask(
-                inputs_embeds, attention_mask, position_ids, cache, window=window, layer_idx=windows.index(window)
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                cache,
+                segments=segments,
+                window=window,
+                layer_idx=windows.index(window),
             )
             for window in dict.fromkeys(windows)
         }
         length: int | Tensor | None = None
-        if position_ids is None:
+        if position_ids is None and segments is not None:
+            position_ids = positions_in(segments)
+        elif position_ids is None:
             position_ids, length = self._positions(inputs_embeds, cache)
         hidden_states, beside = self.embed(inputs_embeds, position_ids, length)
 
         all_hidden_states, all_attentions = [], []
-        for layer, window in zip(getattr(self, self.layers_name), windows, strict=True):
+        for index, (layer, window) in enumerate(zip(getattr(self, self.layers_name), windows, strict=True)):
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             arguments = (hidden_states, *beside, masks[window], cache, output_attentions)
-            hidden_states, weights = (
-                checkpoint(layer, *arguments, **self.checkpointing) if recompute else layer(*arguments)  # type: ignore[arg-type]
-            )
+            hidden_states, weights = layer(*arguments) if recompute is None else recompute.run(index, layer, *arguments)
             if output_attentions:
                 all_attentions.append(weights)
         hidden_states = getattr(self, self.norm_name)(hidden_states)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels import AUTO, Kernels
+from .peer_class import reduce_by_type
 
 
 class Linear(nn.Linear):
@@ -48,7 +49,7 @@ class Conv1D(nn.Module):
         return getattr(peer, "Conv1D", type(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (type(self),), self.__dict__  # pickle would compare the class with ``__class__``
+        return reduce_by_type(self)
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
@@ -63,11 +64,6 @@ class Conv1D(nn.Module):
 
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}"
-
-
-def _blank(layer: type[nn.Module]) -> nn.Module:
-    """An instance without state, for copy and pickle."""
-    return layer.__new__(layer)
 
 
 class RMSNorm(nn.Module):

@@ -19,6 +19,7 @@ def build_mask(
     position_ids: Tensor | None,
     cache: Any,
     *,
+    segments: Tensor | None = None,
     window: int | None = None,
     layer_idx: int = 0,
 ) -> AttentionMask:
@@ -30,11 +31,18 @@ def build_mask(
     position_ids: as the caller gave them, or None. Without mask and past, positions that do not rise by one start a
         new sequence: packed sequences do not see each other. (A static cache that only the device knows to be empty
         counts as past.)
-    Raises ArgumentError for another rank, AttentionError for sizes that do not fit.
+    segments: (batch or 1, seq) number of each token's packed sequence, non-decreasing, if the caller told it.
+    Raises ArgumentError for another rank, or for segments beside a dense mask or a past; AttentionError for sizes that
+        do not fit.
     """
     query_length, device = hidden_states.shape[1], hidden_states.device
     view = cache.key_view(query_length, layer_idx) if cache is not None else KeyView(query_length)
-    padding = dense = segments = None
+    padding = dense = None
+    alone = view.past == 0 and view.length == query_length
+    if segments is not None and not (alone and (attention_mask is None or attention_mask.dim() == 2)):
+        raise ArgumentError(
+            "packed sequences (cu_seq_lens_q, seq_idx) go without a past, a static cache or a dense attention_mask"
+        )
     if attention_mask is not None:
         if attention_mask.dim() == 4:
             dense = attention_mask
@@ -45,7 +53,7 @@ def build_mask(
                 "attention_mask must be (batch, past + seq) or (batch, heads, seq, keys), "
                 f"got {tuple(attention_mask.shape)}"
             )
-    elif position_ids is not None and view.past == 0 and view.length == query_length:
+    elif segments is None and position_ids is not None and alone:
         segments = packed_segments(position_ids, hidden_states.shape[0])
     return AttentionMask(
         query_length=query_length,

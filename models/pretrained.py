@@ -44,6 +44,7 @@ _LOAD_ARGUMENTS = (
 )  # fmt: skip
 # What they asked for is how loading works: nothing is built twice, and what is offloaded stays in its own files.
 _NO_EFFECT = ("low_cpu_mem_usage", "offload_folder", "offload_state_dict")
+_NO_EFFECT_ON_SAVE = ("save_function",)  # how accelerate's loops had pickles written on the main process alone
 
 
 def load_pretrained(
@@ -278,6 +279,7 @@ def save_pretrained(
 
     if not safe_serialization:
         raise ArgumentError("safe_serialization=False would write pickles; loadstone writes safetensors only")
+    push_kwargs = {name: value for name, value in push_kwargs.items() if name not in _NO_EFFECT_ON_SAVE}
     if push_kwargs and not push_to_hub:
         name = next(iter(push_kwargs))
         raise ArgumentError(f"save_pretrained got an unknown argument {name!r} (push_to_hub is False)")

@@ -1,0 +1,73 @@
+"""TRL's SFTTrainer on our models: the losses of the peer's own model, padded and packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from parity.peers import Case, transformers
+
+from loadstone import AutoModelForCausalLM
+
+trl = pytest.importorskip("trl", reason="TRL is not installed (pip install trl)")
+datasets = pytest.importorskip("datasets", reason="TRL's datasets is not installed")
+WORDS = [f"{chr(97 + i % 26)}{i // 26}" for i in range(55)]
+
+
+def tokenizer() -> Any:
+    """A word is a token; the model's vocabulary has 61."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+
+    ids = {**{word: i for i, word in enumerate(WORDS)}, "<eos>": 58, "<pad>": 59, "<unk>": 60}
+    made = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def texts() -> Any:
+    """Lines of words in order, of several lengths."""
+    import pyarrow
+
+    rows = [" ".join(WORDS[(i * 3 + j) % 55] for j in range(5 + i % 7)) for i in range(32)]
+    table = datasets.table.InMemoryTable(pyarrow.table({"text": rows}))
+    return datasets.Dataset(table, fingerprint="rows-of-words")
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "packed": {"packing": True, "max_length": 32},
+    "padding free": {"padding_free": True, "max_length": None},
+    "smoothed": {"gradient_checkpointing": False, "label_smoothing_factor": 0.1},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_losses_are_the_peers(option: str, tmp_path: Path) -> None:
+    curves = []
+    for side, model in zip(("ours", "theirs"), Case("llama", tiny.values("llama"), 3).pair("sdpa"), strict=True):
+        arguments = trl.SFTConfig(
+            output_dir=str(tmp_path / side), max_steps=4, per_device_train_batch_size=4, logging_steps=1, report_to=[],
+            use_cpu=True, bf16=False, save_strategy="steps", save_steps=4, learning_rate=1e-2, disable_tqdm=True,
+            **OPTIONS[option],
+        )  # fmt: skip
+        rows = texts()
+        run = trl.SFTTrainer(
+            model=model, args=arguments, train_dataset=rows, eval_dataset=rows.select(range(8)),
+            processing_class=tokenizer(),
+        )  # fmt: skip
+        run.train()
+        curves.append([row["loss"] for row in run.state.log_history if "loss" in row] + [run.evaluate()["eval_loss"]])
+    assert len(set(curves[0])) == 5
+    assert curves[0] == pytest.approx(curves[1], rel=2e-4)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "ours" / "checkpoint-4")
+    saved_by_peer = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs" / "checkpoint-4")
+    assert saved.state_dict().keys() == saved_by_peer.state_dict().keys()
+    with torch.no_grad():
+        ids = torch.arange(9)[None]
+        torch.testing.assert_close(saved(ids).logits, saved_by_peer(ids).logits, rtol=2e-2, atol=2e-2)
