@@ -23,6 +23,7 @@ BENCHMARKS = (
     "first-call",
     "quantization",
     "qlora",
+    "finetune",
     "forward",
     "loading",
     "loading-paths",

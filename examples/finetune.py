@@ -1,23 +1,23 @@
 """Fine-tune a causal language model on a text file.
 
     python examples/finetune.py --model models/demo --text poems.txt --out tuned --steps 300
-    python examples/finetune.py --model models/demo --text poems.txt --out tuned --steps 300 --resume
+    python examples/finetune.py --model models/demo --text poems.txt --out tuned --steps 300 --resume   # after Ctrl-C
     accelerate launch examples/finetune.py --model meta-llama/Llama-2-7b-hf --text corpus.txt --out tuned --bf16
 
 The text is cut into blocks without padding; its last part is held out. Every choice of a step (its blocks, its
 learning rate, its randomness) follows from the seed and the step's number or is in the checkpoint, so that a run that
 was interrupted and resumed equals one that was not: bit for bit on the CPU, up to the GPU's own rounding there.
+Ctrl-C (or SIGTERM) ends after the step at hand and saves. What is to be seen of it is in `watch.py`: a bar, tokens/s,
+FLOP/s and their share of a stated peak, memory, losses; as lines, TensorBoard and a plot in --out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+from watch import Watch, operations_a_token, stated_peak, stoppable
 
 from loadstone import AutoModelForCausalLM
 from loadstone.loading import resolve_source
@@ -160,31 +161,12 @@ def restore(directory: Path, optimizer: Any, acc: Accelerator) -> int:
     return state["step"]
 
 
-class Log:
-    """One JSON object a line in ``log.jsonl``; what a resumed run does again is cut off first."""
-
-    def __init__(self, path: Path, done: int, active: bool) -> None:
-        self.path, self.active = path, active
-        if active:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and done else []
-            kept = [line for line in lines if json.loads(line)["step"] <= done]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-    def __call__(self, **values: Any) -> None:
-        if self.active:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
-            print(
-                "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()), flush=True
-            )
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="directory or Hub repository id")
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
-    parser.add_argument("--out", type=Path, required=True, help="directory for checkpoints and log.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="directory for checkpoints, log.jsonl and log.png")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8, help="blocks a batch, on each process")
     parser.add_argument("--accumulate", type=int, default=1, help="batches a step")
@@ -198,6 +180,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         "this is the default); weights and optimizer stay float32")  # fmt: skip
     parser.add_argument("--fp32", action="store_true", help="compute in float32 on GPUs too")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more work")
+    parser.add_argument("--peak-tflops", type=float, help="of this machine, for the share of it that is used (mfu); "
+                        "known for common GPUs")  # fmt: skip
     parser.add_argument("--log-every", type=int, default=10, help="steps")
     parser.add_argument("--eval-every", type=int, default=100, help="steps")
     parser.add_argument("--save-every", type=int, default=100, help="steps")
@@ -227,24 +211,40 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(resolve_source(args.model))
     blocks = Blocks(args.text.read_text(encoding="utf-8"), tokenizer, args.block, args.held_out, args.seed)
     torch.manual_seed(args.seed + acc.process_index)
+    operations = operations_a_token(model, args.block)
     model, optimizer = acc.prepare(model.train(), optimizer_for(model, args))
     done = restore(last, optimizer, acc) if last else 0
-    log = Log(args.out / "log.jsonl", done, acc.is_main_process)
-
-    tokens_a_step = args.batch * args.block * args.accumulate * acc.num_processes
     end = args.steps if args.stop_after is None else min(args.steps, done + args.stop_after)
-    started = time.perf_counter()
-    for step in range(done, end):
-        loss = train_step(model, optimizer, blocks, step, args, acc)
-        number = step + 1
-        if number % args.log_every == 0 or number == args.steps:
-            speed = (number - done) * tokens_a_step / (time.perf_counter() - started)
-            log(step=number, loss=loss, lr=learning_rate(step, args), tokens_per_second=speed)
-        if number % args.eval_every == 0 or number == args.steps:
-            log(step=number, held_out_loss=held_out_loss(model, blocks, args, acc))
-        if number % args.save_every == 0 or number == args.steps:
-            save(model, optimizer, number, args, acc)
+    tokens = args.batch * args.block * args.accumulate * acc.num_processes
+    peak = stated_peak(args.peak_tflops)
+    peak = None if peak is None else peak * acc.num_processes
+    watch = Watch(args.out, done, args.steps, tokens, operations, peak, acc.is_main_process)
+    number, stopping = done, False
+    with stoppable() as stop:
+        for number in range(done + 1, end + 1):
+            loss = train_step(model, optimizer, blocks, number - 1, args, acc)
+            watch.stepped()
+            if number % args.log_every == 0 or number == args.steps:
+                watch.log(number, loss=loss, lr=learning_rate(number - 1, args), **watch.speed())
+            with watch.pause():
+                stopping = anywhere(stop.asked, acc)
+                if number % args.eval_every == 0 or number == args.steps:
+                    watch.log(number, held_out_loss=held_out_loss(model, blocks, args, acc))
+                if number % args.save_every == 0 or number == args.steps or stopping:
+                    save(model, optimizer, number, args, acc)
+            if stopping:
+                break
+    watch.close()
     acc.end_training()
+    if stopping and number < args.steps:
+        raise SystemExit(f"stopped after step {number} of {args.steps}; --resume continues")
+
+
+def anywhere(asked: bool, acc: Accelerator) -> bool:
+    """Whether any process was asked to stop, so that all do after the same step."""
+    if acc.num_processes == 1:
+        return asked
+    return bool(acc.reduce(torch.tensor(float(asked), device=acc.device), reduction="sum") > 0)
 
 
 if __name__ == "__main__":

@@ -541,6 +541,11 @@ class CausalLM(AdapterMethods, nn.Module):
         new = [tags] if isinstance(tags, str) else tags
         self.model_tags = list(dict.fromkeys([*known, *new]))
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """True: the code is not transformers' own, so PEFT and it rename no keys for it."""
+        return True
+
     @property
     def _keys_to_ignore_on_save(self) -> list[str] | None:
         """Names that files do not hold, as they are tied: transformers' Trainer ties them after reading one."""

@@ -523,12 +523,49 @@ def test_limits_move_all_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert limits.touch(files) == 0.5
 
 
+def test_fine_tunes_of_both_sides_lie_on_each_other(tiny_checkpoint: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    finetune, harness = module("finetune"), module("harness")
+    work = {**finetune.QUICK, "device": "cpu", "path": tiny_checkpoint}
+    train, held = finetune.blocks(work)
+    rows = {tuple(row) for row in train.tolist()}
+    assert len(held) == 16
+    assert len(rows) > len(held)
+    assert train.shape[1] == held.shape[1] == 32
+    sides = ("loadstone", "transformers")
+    found = {side: [finetune.measure(side, work)] for side in sides}
+    row: dict[str, Any] = {"row": "x", "peer": "transformers", "work": work}
+    row |= {
+        figure: harness.summarized({side: [found[side][0][figure]] for side in sides}) for figure in found[sides[0]][0]
+    }
+    finetune.derive(row)
+    assert row["losses apart"] < 0.002
+    assert "failed" not in row
+    json.dumps(row)
+    pytest.importorskip("matplotlib")
+    finetune.chart(tmp_path / "x.png", [row])
+    assert (tmp_path / "x.png").stat().st_size > 1000
+    row["losses"]["loadstone"][2] *= 1.1
+    finetune.derive(row)
+    assert "train different things" in row["failed"]
+    assert [finetune.rate(n, {"rate": 1.0, "steps": 25}) for n in (0, 4, 5, 15, 24)] == pytest.approx(
+        [0.2, 1.0, 1.0, 0.55, 0.145]
+    )
+
+
 # Each script
 
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("attention", ()), ("ops", ("--only", "apply_rotary")), ("training_step", ()), ("first_call", ()), ("qlora", ())],
+    [
+        ("attention", ()),
+        ("ops", ("--only", "apply_rotary")),
+        ("training_step", ()),
+        ("first_call", ()),
+        ("qlora", ()),
+        ("finetune", ()),
+    ],
 )
 def test_quick_runs_write_their_results(name: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
     """With torch alone: no peer, no matplotlib."""
@@ -538,6 +575,11 @@ def test_quick_runs_write_their_results(name: str, arguments: tuple[str, ...], t
     result = json.loads((tmp_path / f"{name}_cpu.json").read_text())
     assert result["rows"]
     assert {"date", "commit", "versions", "machine", "ceilings"} <= set(result)
+    if name == "finetune":
+        [row] = result["rows"]
+        before, after = row["held-out losses"]["loadstone"]
+        assert after < before
+        assert len(row["losses"]["loadstone"]) == row["work"]["steps"]
     assert all("failed" not in row for row in result["rows"])
     if name == "training_step":
         assert "transformers" in result["missing"]

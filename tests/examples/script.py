@@ -14,6 +14,8 @@ def load(name: str) -> ModuleType:
     """The module of ``examples/<name>.py``, executed once."""
     module_name = f"example_{name}"
     if module_name not in sys.modules:
+        if str(EXAMPLES) not in sys.path:  # where a script finds what lies beside it
+            sys.path.append(str(EXAMPLES))
         spec = spec_from_file_location(module_name, EXAMPLES / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None

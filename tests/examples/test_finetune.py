@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,23 +19,28 @@ from loadstone.cli.place import DEMO
 from loadstone.cli.rhymes import RHYMES
 
 finetune = load("finetune")
+watch = load("watch")
+OF_THE_MACHINE = ("tokens_per_second", "tflops", "mfu", "memory_mb")
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "rhymes.txt"
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "rhymes.txt"
     path.write_text("\n".join(RHYMES), encoding="utf-8")
     return path
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> None:
-    """accelerate keeps its precision for the life of the process; here several runs share one."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(text, out)
+    return out
 
 
 def train(text: Path, out: Path, *options: str) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # which keeps its precision for the life of the process
+    GradientState._reset_state()
     finetune.main(
         ["--model", str(DEMO), "--text", str(text), "--out", str(out), "--block", "48", "--batch", "2", "--lr", "2e-3",
          "--steps", "8", "--warmup", "2", "--log-every", "2", "--eval-every", "4", "--save-every", "4",
@@ -43,9 +52,12 @@ def log(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_resumed_run_is_the_unbroken_one_bit_for_bit(text: Path, tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(text, whole)
+def timeless(out: Path) -> list[dict[str, float]]:
+    return [{name: v for name, v in row.items() if name not in OF_THE_MACHINE} for row in log(out)]
+
+
+def test_resumed_run_is_the_unbroken_one_bit_for_bit(text: Path, whole: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
     train(text, broken, "--stop-after", "7")  # three steps beyond the last checkpoint are lost
     assert [path.name for path in finetune.checkpoints(broken)] == ["step-000004"]
     train(text, broken, "--resume")
@@ -55,8 +67,7 @@ def test_resumed_run_is_the_unbroken_one_bit_for_bit(text: Path, tmp_path: Path)
     for left, right in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
         assert all(torch.equal(left[key], right[key]) for key in left)
     assert torch.equal(states[0]["random"][0], states[1]["random"][0])
-    timeless = [[{k: v for k, v in row.items() if k != "tokens_per_second"} for row in log(o)] for o in (whole, broken)]
-    assert timeless[0] == timeless[1]
+    assert timeless(whole) == timeless(broken)
 
 
 def test_it_learns_and_its_checkpoints_are_models(text: Path, tmp_path: Path) -> None:
@@ -105,3 +116,76 @@ def test_a_text_too_short_is_refused(tmp_path: Path) -> None:
     short.write_text("too short")
     with pytest.raises(SystemExit, match="--block"):
         train(short, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_after_the_step_and_resuming_is_unbroken(
+    name: str, text: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken"
+    step = finetune.train_step
+
+    def interrupted(*arguments: Any) -> float:
+        if arguments[3] == 4:
+            os.kill(os.getpid(), getattr(signal, name))
+        return step(*arguments)
+
+    before = signal.getsignal(getattr(signal, name))
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "train_step", interrupted)
+        with pytest.raises(SystemExit, match="after step 5 of 8"):
+            train(text, broken)
+    assert signal.getsignal(getattr(signal, name)) is before
+    assert [path.name for path in finetune.checkpoints(broken)][-1] == "step-000005"
+    if name == "SIGTERM":
+        return
+    train(text, broken, "--resume")
+    assert timeless(whole) == timeless(broken)
+    weights = [(out / "step-000008" / "model.safetensors").read_bytes() for out in (whole, broken)]
+    assert weights[0] == weights[1]
+
+
+def test_what_is_to_be_seen(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    train(text, out, "--peak-tflops", "0.5")
+    rows = [row for row in log(out) if "loss" in row]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    model = AutoModelForCausalLM.from_pretrained(DEMO)
+    for row in rows:
+        assert row["tflops"] == pytest.approx(row["tokens_per_second"] * watch.operations_a_token(model, 48) / 1e12)
+        assert row["mfu"] == pytest.approx(row["tflops"] / 0.5)
+        assert row["memory_mb"] > 10
+    told = capsys.readouterr().out
+    assert "tokens_per_second" in told
+    assert "held_out_loss" in told
+    if find_spec("matplotlib") is not None:
+        assert (out / "log.png").stat().st_size > 1000
+    if find_spec("tensorboard") is not None:
+        assert list((out / "tensorboard").iterdir())
+
+
+def test_operations_are_those_of_the_products() -> None:
+    """6 a number of every matrix that multiplies, the tied head too, and attention's."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = AutoModelForCausalLM.from_pretrained(DEMO, attn_implementation="eager").train()
+    length = 64
+    with FlopCounterMode(display=False) as counter:
+        ids = torch.zeros(1, length, dtype=torch.long)
+        model(ids, labels=ids, skip_logits=False, use_cache=False).loss.backward()
+    attention = 6 * 4 * 160 * length * length  # of which the counter counts both halves
+    assert counter.get_total_flops() == pytest.approx(
+        length * watch.operations_a_token(model, length) + attention, rel=0.02
+    )
+
+
+def test_lines_of_a_broken_run_are_cut(tmp_path: Path) -> None:
+    lines = ['{"step": 2, "loss": 1.0}', '{"step": 4, "loss": 0.5}', '{"step": 6, "lo']
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    log_of = watch.Watch(tmp_path, 4, 8, 1, 1.0, None)
+    log_of.log(5, loss=0.25)
+    log_of.close()
+    assert [row["step"] for row in log(tmp_path)] == [2, 4, 5]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch, "find_spec", lambda name: None)
+        assert watch.plot(tmp_path) is None
