@@ -19,7 +19,7 @@ from ..errors import (
 )
 from .header import FileStamp, Header, TensorEntry, read_header
 from .index import Index, read_index
-from .source import Source, what_is_there
+from .source import Expected, Source, what_is_there
 
 if TYPE_CHECKING:
     from .arrivals import Arrivals
@@ -116,7 +116,7 @@ def open_checkpoint(
 
     With ``variant="fp16"`` the names are ``model.fp16.safetensors`` and ``model.safetensors.index.fp16.json``. With
     ``use_safetensors=False`` it is ``pytorch_model.bin`` or its shards: see `pickled.open_pickled`.
-    ``early``: of shards that are still to be downloaded only the headers are fetched, where the server gives parts of
+    ``early``: of files that are still to be downloaded only the headers are fetched, where the server gives parts of
     files; whoever waits for a file, in the checkpoint's `receiving`, starts the downloads.
 
     Raises NotFoundError (no weights at all), MissingWeightsError (shards missing, all named), UnsafeFormatError
@@ -130,6 +130,9 @@ def open_checkpoint(
 
         return open_pickled(source, variant)
     single = with_variant(SINGLE, variant)
+    expected = source.expect([single]) if early else None
+    if expected is not None:
+        return _expected(source, [single], expected)
     path = source.find(single)
     if path is not None:
         return Checkpoint.from_headers(source.name, [read_header(path)])
@@ -141,9 +144,14 @@ def open_checkpoint(
     expected = source.expect(index.shards) if early else None
     if expected is None:
         return Checkpoint.from_headers(source.name, [read_header(shard) for shard in source.fetch(index.shards)], index)
-    here = [shard for shard in index.shards if shard not in expected.headers]
+    return _expected(source, index.shards, expected, index)
+
+
+def _expected(source: Source, names: Sequence[str], expected: Expected, index: Index | None = None) -> Checkpoint:
+    """The checkpoint of files of which some are still to come."""
+    here = [name for name in names if name not in expected.headers]
     headers = {**expected.headers, **dict(zip(here, map(read_header, source.fetch(here)), strict=True))}
-    found = Checkpoint.from_headers(source.name, [headers[shard] for shard in index.shards], index)
+    found = Checkpoint.from_headers(source.name, [headers[name] for name in names], index)
     expected.arrivals.record(found.stamps)
     return replace(found, arrivals=expected.arrivals)
 

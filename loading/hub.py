@@ -148,14 +148,14 @@ class HubSource(Source):
         return [path for name in filenames if (path := found[name]) is not None]
 
     def expect(self, filenames: Sequence[str]) -> Expected | None:
-        """See `Source.expect`. None too if all files but one are there, or must be fetched anew."""
+        """See `Source.expect`. None too if they must be fetched anew."""
         commit = str(self.commit)
         absent = {
             self.options.place(self.name, name, commit): name
             for name in dict.fromkeys(filenames)
             if self._memory.files.get(name) is None and self.options.cached(self.name, name, commit) is None
         }
-        if len(absent) < 2 or self.options.force_download or self._memory.online is False:
+        if not absent or self.options.force_download or self._memory.online is False:
             return None
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers

@@ -249,12 +249,39 @@ def test_what_is_cached_is_not_asked_for(hub: Any, repo: Any) -> None:
     assert not [request for request in hub.take() if shard(2) in request]
 
 
-def test_one_file_is_downloaded_as_ever(hub: Any, repo: Any) -> None:
+def test_the_last_shard_that_is_not_there(hub: Any, repo: Any) -> None:
     resolve_source("org/name").fetch([shard(1), shard(2)])
     hub.take()
-    load()
+    assert toy.same(load()[0], toy.weights())
     parts, downloads = asked(hub)
-    assert (parts, len(downloads)) == ([], 2)
+    assert (len(parts), len(downloads)) == (1, 2)
+
+
+@pytest.fixture
+def one_file(hub: Any, tmp_path: Path) -> Any:
+    toy.save(tmp_path / "one", toy.weights())
+    raw = (tmp_path / "one" / "model.safetensors").read_bytes()
+    return hub.repo("org/name", {"config.json": b"{}", "model.safetensors": raw})
+
+
+def test_a_single_file_is_planned_before_it_is_downloaded(hub: Any, one_file: Any) -> None:
+    model = toy.meta()
+    model.lm_head = torch.nn.Linear(toy.WIDTH, 17, bias=False, device="meta")
+    with pytest.raises(ShapeMismatchError, match=r"lm_head\.weight"):
+        load(model)
+    path = f"/org/name/resolve/{one_file.refs['main']}/model.safetensors"
+    assert [request for request in hub.take() if "model.safe" in request] == [f"GET {path} bytes=0-{glimpse.FIRST - 1}"]
+    model, _ = load(toy.meta(torch.bfloat16))
+    assert torch.equal(model.model.scale, toy.weights()["model.scale"].bfloat16())
+    assert [request for request in hub.take() if "model.safe" in request][1:] == [f"HEAD {path}", f"GET {path}"]
+    load()
+    assert not [request for request in hub.take() if "model.safe" in request]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_single_file_without_parts(hub: Any, one_file: Any, fault: str) -> None:
+    hub.fault = FAULTS[fault]
+    assert toy.same(load()[0], toy.weights())
 
 
 def test_force_download_downloads_all(hub: Any, repo: Any) -> None:
@@ -285,7 +312,7 @@ def test_parts_go_through_the_proxies(hub: Any, repo: Any, monkeypatch: pytest.M
     original = glimpse._header
     monkeypatch.setattr(glimpse, "_header", lambda *args: (seen.append(proxies._chosen.get()), original(*args))[1])
     load(proxies={"https": "nowhere:3128"})
-    assert seen == [(("https://", "http://nowhere:3128"),)] * SHARDS
+    assert seen == [(("https://", "http://nowhere:3128"),)] * (SHARDS + 1), "the single file that is not there, too"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
