@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .stream import Streamed
     from .workers import Watch
 
-_PIECE = 1 << 20  # bytes; what is freed of larger ones the system's allocator would keep
+_PIECE = 1 << 18  # bytes: what decoding makes on the way stays in caches, and in memory that the allocator has
 
 
 def bring(moves: Sequence[Move], files: Files, watch: Watch | None) -> Streamed:
@@ -63,7 +63,7 @@ def assemble(move: Move, files: Files, dtype: torch.dtype) -> torch.Tensor:
 
 
 def pieces_of(move: Move, itemsize: int) -> Iterator[tuple[int, int]]:
-    """Ranges of elements, each of about 1 MiB before or after a cast, that its values can be made in."""
+    """Ranges of elements, each of about 256 KiB before or after a cast, that its values can be made in."""
     entry = move.entry
     assert entry.values is not None
     count, grain = entry.nbytes // entry.dtype.itemsize, entry.values.grain
@@ -110,5 +110,5 @@ def _fill(moves: Sequence[Move], files: Files, watch: Watch | None) -> dict[str,
 
     work = sum(tensor.nbytes for tensor in fresh)
     with one_thread_each():
-        run_all(jobs(), fill, threads=threads_for(-(-work // (16 * _PIECE))), watch=watch, abandon=files.abandon)
+        run_all(jobs(), fill, threads=threads_for(-(-work // (64 * _PIECE))), watch=watch, abandon=files.abandon)
     return {move.target: tensor for move, tensor in zip(moves, fresh, strict=True)}
