@@ -7,11 +7,12 @@ from typing import Any
 
 from ..loading.report import human, merge_numbers
 from ..models.causal_lm import CausalLM
+from ..models.origin import Origin
 from ..models.preview import Preview
 from ..quant.config import BitsAndBytesConfig
 from ..registry.remote_class import previewer_of
 from .output import Output, count, print_json
-from .place import architecture_at, memory_of, source_of
+from .place import architecture_at, memory_of, source_of, split_gguf
 
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
           "intermediate_size", "vocab_size", "max_position_embeddings", "sliding_window")  # fmt: skip
@@ -19,6 +20,7 @@ _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_va
 
 def run(arguments: argparse.Namespace) -> None:
     """Print what was found."""
+    split_gguf(arguments)
     source = source_of(arguments)
     row = architecture_at(source, arguments)
     seen = previewer_of(row)(
@@ -28,12 +30,22 @@ def run(arguments: argparse.Namespace) -> None:
         max_memory=memory_of(arguments),
         variant=arguments.variant,
         quantization_config=_asked(arguments.quantize),
+        **_origin(arguments),
     )
     facts = _facts(seen, source.commit, getattr(seen.config, "model_type", ""), row.origin)
     if arguments.json:
         print_json(facts)
     else:
         _show(facts, Output())
+
+
+def _origin(arguments: argparse.Namespace) -> dict[str, Origin]:
+    """Where the weights come from, if not from safetensors."""
+    if not arguments.pickled and arguments.gguf_file is None:
+        return {}
+    origin = Origin(arguments.variant, False if arguments.pickled else None, None, arguments.gguf_file)
+    origin.check()
+    return {"origin": origin}
 
 
 def _asked(kind: str | None) -> BitsAndBytesConfig | None:
@@ -50,9 +62,10 @@ def _facts(seen: Preview, commit: str | None, model_type: str, origin: str) -> d
     in_file: dict[str, int] = {}
     in_dtype: dict[str, int] = {}
     for entry in checkpoint.entries.values():
-        in_file[entry.file.name] = in_file.get(entry.file.name, 0) + entry.nbytes
-        name = str(entry.dtype).removeprefix("torch.")
-        in_dtype[name] = in_dtype.get(name, 0) + entry.nbytes
+        stored = entry.nbytes if entry.values is None else entry.values.stored
+        in_file[entry.file.name] = in_file.get(entry.file.name, 0) + stored
+        name = (entry.values and entry.values.form) or str(entry.dtype).removeprefix("torch.")
+        in_dtype[name] = in_dtype.get(name, 0) + stored
     return {
         "name": checkpoint.name,
         "commit": commit,

@@ -142,6 +142,8 @@ def _inspect(command: argparse.ArgumentParser) -> None:
     )
     _place(command)
     command.add_argument("--quantize", choices=("nf4", "fp4", "int8"), help="plan a load that quantizes")
+    command.add_argument("--gguf-file", metavar="FILE", help="the GGUF file in NAME to look at; NAME itself may be one")
+    command.add_argument("--pickled", action="store_true", help="look at pytorch_model.bin; nothing in it is run")
 
 
 def _generate(command: argparse.ArgumentParser) -> None:

@@ -48,4 +48,15 @@ def architecture_at(source: Source, arguments: argparse.Namespace) -> Architectu
     """What serves a checkpoint: its repository's own code where ``--trust-remote-code`` says so."""
     hub = hub_options(arguments)
     trust = trust_of(arguments.trust_remote_code, arguments.code_revision, hub, arguments.revision)
+    if (gguf_file := getattr(arguments, "gguf_file", None)) is not None:
+        from ..models.gguf import read_gguf_config
+
+        return architecture_for(source, read_gguf_config(source, gguf_file), trust)
     return architecture_for(source, read_config_file(source.require("config.json")), trust)
+
+
+def split_gguf(arguments: argparse.Namespace) -> None:
+    """A NAME that is a GGUF file becomes its directory and ``--gguf-file``."""
+    path = Path(arguments.name or "")
+    if arguments.gguf_file is None and path.suffix == ".gguf" and path.is_file():
+        arguments.name, arguments.gguf_file = str(path.absolute().parent), path.name

@@ -48,6 +48,7 @@ class Blocks(Values):
 
     def __init__(self, tensor: GGUFTensor, order: RowOrder | None = None) -> None:
         self.kind, self.begin, self.stored, self.order = tensor.kind, tensor.begin, tensor.nbytes, order
+        self.form = tensor.kind.name if tensor.kind.name not in _PLAIN else None
         self.columns = tensor.shape[-1] if len(tensor.shape) > 1 else 1
         self.grain = self.kind.block if order is None else order.group * self.columns
 

@@ -25,6 +25,7 @@ HUB_ARGUMENTS = (
 )  # fmt: skip
 """Keywords of `resolve_source` that matter for a Hub repository."""
 
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _DRIVE = re.compile(r"[A-Za-z]:")
 _REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 _FILE_ENDINGS = (".safetensors", ".json")
@@ -298,6 +299,8 @@ def _not_a_directory(name: str, path: Path) -> Exception:
 
 
 def _missing_directory(name: str, path: Path) -> NotFoundError:
+    if address := _ADDRESS.match(name):
+        raise _no_place_to_read(name, address[1].lower())
     parent = path.parent
     hint = ""
     if os.path.isdir(parent):
@@ -306,6 +309,17 @@ def _missing_directory(name: str, path: Path) -> NotFoundError:
     else:
         hint = f"; its parent {str(parent)!r} does not exist either"
     return NotFoundError(f"no such directory: {name!r}{hint}")
+
+
+def _no_place_to_read(name: str, scheme: str) -> NotFoundError:
+    """For an address where a path or a repository id belongs."""
+    if scheme in ("http", "https"):
+        parts = name.split("://", 1)[1].split("/")
+        hint = f"; to load from the Hub pass {'/'.join(parts[1:3])!r}" if len(parts) > 2 and all(parts[1:3]) else ""
+        return NotFoundError(f"{name!r} is an address; a checkpoint is a directory or a Hub repository id{hint}")
+    return NotFoundError(
+        f"{name!r} is an address of {scheme}://, which is not read; mount it as a directory, or copy the files to one"
+    )
 
 
 def _links_into_hub_blobs(path: Path, root: Path) -> bool:

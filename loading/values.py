@@ -20,10 +20,12 @@ class Values(ABC):
     """The source of one tensor's values.
 
     ``home``: the device on which the whole tensor lies ready, so that it may be the weight itself; None if it has to be
-    made. ``stored``: bytes it takes where it comes from. ``grain``: parts are best multiples of so many elements.
+    made. ``stored``: bytes it takes where it comes from; ``form``: what these are called, if not by the dtype.
+    ``grain``: parts are best multiples of so many elements.
     """
 
     home: torch.device | None = None
+    form: str | None = None
     stored: int
     grain: int = 1
 

@@ -111,13 +111,14 @@ def preview_guest(
     max_memory: Mapping[int | str, int | str] | None = None,
     variant: str | None = None,
     quantization_config: Any = None,
+    origin: Origin | None = None,
 ) -> Any:
     """The `Preview` of a load: its plan from headers alone, for devices that need not be here."""
     from .preview import Preview
 
     config = _configuration(config_class, source, None, {})
     _check_plain(cls, config, quantization_config)
-    checkpoint = Origin(variant).checkpoint(source)
+    checkpoint = (origin or Origin(variant)).checkpoint(source)
     config.dtype = _dtype(dtype, config, checkpoint.entries.values())
     model: Any = build_guest(cls, config, config.dtype)[0]
     plan = make_plan(
