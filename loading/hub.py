@@ -415,7 +415,12 @@ def _translate(error: Exception, what: str, options: HubOptions) -> Exception | 
     if isinstance(error, OSError) and error.errno:
         return None  # the disk's own error, e.g. no space left: its type and number matter
     if isinstance(error, (OSError, ValueError, _transport_error())):
-        return HubError(f"{what} could not be downloaded: {said}")
+        return HubError(f"{what}: the transfer failed ({said})")
+    if type(error) is RuntimeError and isinstance(
+        error.__cause__, Exception
+    ):  # of an upload, with the reason behind it
+        mapped = _translate(error.__cause__, what, options)
+        return HubError(f"{what}: the upload failed ({said})") if isinstance(mapped, EntryMissing) else mapped
     return None
 
 

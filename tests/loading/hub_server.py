@@ -253,6 +253,9 @@ class Handler(BaseHTTPRequestHandler):
     def _commit(self, repo: Repo, repo_id: str, revision: str, files: dict[str, bytes]) -> None:
         lines = [json.loads(line) for line in self.body.splitlines() if line.strip()]
         files = dict(files)
+        if any(line["key"] == "lfsFile" and line["value"]["oid"] not in self.hub.stored for line in lines):
+            self.error(422)
+            return
         for line in lines:
             value = line["value"]
             if line["key"] == "file":

@@ -167,7 +167,35 @@ def test_own_classes_load(place: Path) -> None:
     assert not model.training
     assert type(trusted(place)) is type(model)
     assert type(trusted(place, config=config)) is type(model)
-    assert "transformers" not in vars(sys.modules[type(model).__module__])
+
+
+ALONE = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("transformers", "huggingface_hub", "accelerate", "tests", "kernels"):
+            raise ModuleNotFoundError("No module named " + repr(name), name=name)
+sys.meta_path.insert(0, Block())
+import loadstone
+for place in {places!r}:
+    try:
+        model = loadstone.AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True)
+        print(type(model).__name__)
+    except loadstone.errors.RemoteCodeError as error:
+        print(error)
+"""
+
+
+def test_it_takes_no_other_library_unless_the_code_does(place: Path, tmp_path: Path) -> None:
+    """transformers is not imported; code that needs it is told so."""
+    needy = remote_code.write(tmp_path / "needy")
+    (needy / "modeling_tiny.py").write_text("import os\nfrom transformers import PreTrainedModel\n")
+    code = ALONE.format(places=[str(place), str(needy)])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    first, second = done.stdout.splitlines()
+    assert first == "TinyForCausalLM", done.stderr
+    assert "modeling_tiny.py:2" in second
+    assert "needs the package 'transformers': install it" in second
 
 
 def test_options_of_loading_work_for_own_classes(place: Path) -> None:
