@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .kernels import AttentionMask, Kernels, register_attention, register_kernel
+    from .loading.parallel_mesh import ParallelConfig
     from .loading.report import LoadReport
     from .models.adapters.config import LoraConfig
     from .models.cache import Cache, DynamicCache, StaticCache
@@ -53,6 +54,7 @@ _HOME = {
     "LoraConfig": ".models.adapters.config",
     "MistralConfig": ".models.mistral",
     "MistralForCausalLM": ".models.mistral",
+    "ParallelConfig": ".loading.parallel_mesh",
     "PreTrainedConfig": ".models.configuration",
     "StaticCache": ".models.cache",
     "WeightOnlyConfig": ".quant.weight_only",
@@ -86,6 +88,7 @@ __all__ = [
     "LoraConfig",
     "MistralConfig",
     "MistralForCausalLM",
+    "ParallelConfig",
     "PreTrainedConfig",
     "StaticCache",
     "WeightOnlyConfig",

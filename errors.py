@@ -116,6 +116,10 @@ class OffloadError(LoadstoneError, RuntimeError):
     """Weights that are spread over devices, or stay on disk, do not allow what was asked."""
 
 
+class ParallelError(LoadstoneError, ValueError):
+    """A model cannot be spread over a device mesh as asked, or its ranks do not agree."""
+
+
 class AttentionError(LoadstoneError, ValueError):
     """An attention implementation is unknown, or cannot do what was asked."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,6 +20,9 @@ from .progress import Progress
 from .report import LoadReport
 from .stream import Streamed, Way, choose_way, stream
 from .tree import Tree
+
+if TYPE_CHECKING:
+    from .parallel_load import Spread
 
 logger = logging.getLogger("loadstone.loading")
 
@@ -42,6 +46,7 @@ def load_into(
     initialize: Callable[[nn.Module], None] | None = None,
     progress: bool | None = None,
     disable_mmap: bool | None = None,
+    spread: Spread | None = None,
 ) -> LoadReport:
     """Load ``checkpoint`` into ``model``, which is on meta with every weight already of its final dtype.
 
@@ -53,6 +58,7 @@ def load_into(
     to report; ``initialize(module)`` initialises one module's own weights; modules with non-persistent buffers have
     ``reset_buffers(device)``. Whatever does not fit is logged as a warning, or raised with ``strict``.
     ``disable_mmap``: True reads the files instead of mapping them; None does so where a mapping would be slow.
+    ``spread``: over which device mesh, whose device ``device_map`` then is; ParallelError if that cannot be.
 
     Raises, before any weight is read: DeviceMapError, ShapeMismatchError, MissingWeightsError, UnexpectedWeightsError,
     FormatError, IntegrityError, InitializationError, QuantizationError (which quantizing raises too). While they are
@@ -74,6 +80,8 @@ def load_into(
         offload_buffers=offload_buffers,
     )
     plan.check(strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    if spread is not None:
+        spread.check(plan, checkpoint)
     way = choose_way(plan, disable_mmap)
     try:
         with checkpoint.receiving():
@@ -81,8 +89,9 @@ def load_into(
                 from .quantize import check_packed
 
                 check_packed(plan, checkpoint, mapped=way.mapped)
-            streamed = _execute(model, plan, checkpoint, way, initialize, progress)
-        if plan.placement.given:
+            execute = _execute if spread is None else spread.execute
+            streamed = execute(model, plan, checkpoint, way, initialize, progress)
+        if plan.placement.given and spread is None:
             model.hf_device_map = plan.placement.as_hf()  # type: ignore[assignment]
         if needs_dispatch(plan.placement):
             from .dispatch import dispatch

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from ..errors import CheckpointError, PathError
 from .atomic import Contents, replace_contents, sync_directory
 from .source import check_filename
-from .writer import check_writable, start_sync, sync, tensor_bytes, write_safetensors
+from .writer import check_writable, laid_out, start_sync, sync, tensor_bytes, write_safetensors
 
 CONFIG_NAME = "config.json"
 _OPEN_FILES = 8
@@ -34,6 +34,7 @@ def save_checkpoint(
     max_shard_size: int | str = "50GB",
     variant: str | None = None,
     tied: Collection[str] = (),
+    values: Callable[[str], torch.Tensor] | None = None,
 ) -> list[str]:
     """Save weights and text files (config.json, ...) to ``directory`` in one step; the names of the files written.
 
@@ -43,6 +44,8 @@ def save_checkpoint(
     A crash or a full disk leaves the old checkpoint whole, also when the tensors are mapped from its files. Needs
     memory for one tensor at most. Raises CheckpointError (meta tensors, undeclared sharing, bad size), PathError,
     and OSError as the system gives it.
+    values: gives each tensor when its turn comes, in the order of `written_order`; those of ``state_dict`` then only
+    say dtypes and shapes, and nothing is tied.
     """
     names = WeightNames(variant)
     limit = parse_size(max_shard_size)
@@ -50,14 +53,16 @@ def save_checkpoint(
         check_filename(name)
         if names.is_weights(name):
             raise PathError(f"{name!r} cannot be saved as a text file beside the weights of a checkpoint")
-    for name, tensor in state_dict.items():
-        check_writable(name, tensor)
-    kept = without_ties(state_dict, tied)
+    kept = dict(state_dict)
+    if values is None:
+        for name, tensor in state_dict.items():
+            check_writable(name, tensor)
+        kept = without_ties(state_dict, tied)
     shards = plan_shards(kept, limit)
     weights = dict(zip(names.files(len(shards)), shards, strict=True))
 
     def write(staging: Path) -> list[list[str]]:
-        _write_weights(staging, weights)
+        _write_weights(staging, weights, values)
         last: dict[str, str] = {}
         if len(weights) > 1:
             last[names.index] = index_text(weights)
@@ -182,7 +187,16 @@ def _sharing(names: Sequence[str]) -> CheckpointError:
     )
 
 
-def _write_weights(staging: Path, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+def written_order(tensors: Mapping[str, torch.Tensor], max_shard_size: int | str) -> list[str]:
+    """Names in the order in which `save_checkpoint` writes tensors of these dtypes and shapes."""
+    return [name for shard in plan_shards(tensors, parse_size(max_shard_size)) for name, _ in laid_out(shard)]
+
+
+def _write_weights(
+    staging: Path,
+    weights: Mapping[str, Mapping[str, torch.Tensor]],
+    values: Callable[[str], torch.Tensor] | None,
+) -> None:
     """Write all shards; a thread brings to the disk what is written already."""
     with ThreadPoolExecutor(1) as pool:
         syncs: deque[Future[None]] = deque()
@@ -190,7 +204,7 @@ def _write_weights(staging: Path, weights: Mapping[str, Mapping[str, torch.Tenso
             if len(syncs) == _OPEN_FILES:
                 syncs.popleft().result()
             file = write_safetensors(
-                staging / name, tensors, {"format": "pt"}, lambda file: pool.submit(start_sync, file)
+                staging / name, tensors, {"format": "pt"}, lambda file: pool.submit(start_sync, file), values
             )
             syncs.append(pool.submit(sync, file))
         for done in syncs:

@@ -61,22 +61,22 @@ def write_safetensors(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str],
     progress: Callable[[BinaryIO], object] = lambda file: None,
+    values: Callable[[str], torch.Tensor] | None = None,
 ) -> BinaryIO:
     """Write ``tensors`` to a new file and return it open, all bytes handed to the system but not yet synced.
 
-    Tensors of any device, contiguous or not; at most one of them is copied at a time. They are laid out by
-    descending item size, then in the order given, so that each begins at a multiple of its item size. ``progress``
-    is called with the file after every 32 MiB or so.
+    Tensors of any device, contiguous or not; at most one of them is copied at a time. They come as `laid_out` says.
+    ``progress`` is called with the file after every 32 MiB or so. values: gives each tensor when its turn comes.
     """
     if sys.byteorder != "little":
         raise CheckpointError("safetensors files are little-endian; this machine is not, saving here is unsupported")
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    ordered = laid_out(tensors)
     file = open(path, "xb")  # noqa: SIM115  the caller syncs and closes it
     try:
         file.write(header_bytes(ordered, metadata))
         pending = 0
         for name, tensor in ordered:
-            for piece in pieces_of(name, tensor):
+            for piece in pieces_of(name, tensor if values is None else values(name)):
                 file.write(piece)
                 pending += len(piece)
                 if pending >= _CHUNK:
@@ -87,6 +87,12 @@ def write_safetensors(
         file.close()
         raise
     return file
+
+
+def laid_out(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """Tensors in the order of their bytes in a file: by descending item size, so that each begins at a multiple of its
+    own, then as they come."""
+    return sorted(tensors.items(), key=lambda item: -item[1].element_size())
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:

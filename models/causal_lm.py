@@ -28,6 +28,7 @@ from .freezing import set_trainable
 from .head import why_not_fused
 from .outputs import CausalLMOutputWithPast, keep_positions
 from .packing import PACKING
+from .parallel import across_ranks
 from .peer_class import reduce_by_type, seen_class, set_class
 from .recompute import recomputation
 
@@ -42,7 +43,8 @@ class CausalLM(AdapterMethods, nn.Module):
     ``config_class``; ``base_model_prefix``: the attribute that holds the decoder, and the prefix of its state-dict
     keys; ``_tied_weights_keys``: {tied parameter: its source}, in force when ``config.tie_word_embeddings``;
     ``_no_split_modules``: class names never split over devices; ``_keys_to_ignore_on_load_unexpected`` and
-    ``_keys_to_ignore_on_load_missing``: regular expressions of checkpoint keys that are no news.
+    ``_keys_to_ignore_on_load_missing``: regular expressions of checkpoint keys that are no news; ``_tp_plan``: how
+    tensor parallelism shares out its modules (see `parallel_plan`).
     """
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
@@ -59,10 +61,13 @@ class CausalLM(AdapterMethods, nn.Module):
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = []
     _keys_to_ignore_on_load_missing: ClassVar[list[str]] = []
+    _tp_plan: ClassVar[dict[str, Any]] = {}
     _auto_class: ClassVar[str | None] = None
 
     lm_head: nn.Module
     kernels: Kernels = AUTO
+    layout: Any = None
+    """Over which device mesh the model is spread, None for a model of one process."""
     hf_quantizer: Any = None
     is_quantized: bool = False
     is_loaded_in_4bit: bool = False
@@ -286,6 +291,7 @@ class CausalLM(AdapterMethods, nn.Module):
     # Loading and saving
 
     @classmethod
+    @across_ranks
     def from_pretrained(cls: type[_Model], pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint; see `AutoModelForCausalLM.from_pretrained` for the arguments."""
         with collector_paused():
@@ -314,6 +320,8 @@ class CausalLM(AdapterMethods, nn.Module):
 
         With adapters on the model it writes the active one only, as `save_adapter` does.
         The directory holds the old checkpoint or the new one whole, whatever happens in between.
+        A model spread over a device mesh is gathered weight by weight and written by the mesh's first rank: every
+        rank has to call this, whatever is_main_process.
         is_main_process: False writes nothing (distributed training). state_dict: instead of the model's own.
         max_shard_size: bytes or "5GB". variant: as in ``model.<variant>.safetensors``. push_to_hub: upload too, with
         ``push_kwargs`` as in `push_to_hub` (repo_id defaults to the directory's name).

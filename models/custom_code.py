@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ArgumentError, RemoteCodeError, nearest
 from ..loading.code_files import CodeFiles, read_reached
+from .parallel import class_of
 
 logger = logging.getLogger("loadstone.models")
 
@@ -59,18 +60,18 @@ def carried_code(config: Any, model: Any = None) -> tuple[dict[str, bytes], dict
     """
     files: dict[str, bytes] = {}
     auto_map = _kept(getattr(config, "auto_map", None), config)
-    for thing in (config, model):
-        name = getattr(type(thing), "_auto_class", None)
+    for cls in (type(config), class_of(model)):
+        name = getattr(cls, "_auto_class", None)
         if name is None:
             continue
-        found = _code_for(type(thing))
+        found = _code_for(cls)
         if found is None:
             auto_map.pop(name, None)
             continue
         module, its = found
         folder = _free_folder(files, its)
         files |= {folder + file: content for file, content in its.items()}
-        auto_map[name] = f"{folder}{module}.{type(thing).__name__}"
+        auto_map[name] = f"{folder}{module}.{cls.__name__}"
     return files, auto_map or None
 
 

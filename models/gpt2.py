@@ -21,6 +21,7 @@ from .decoder import Decoder
 from .fields import ranged
 from .layers import Conv1D, Embedding, LayerNorm, Linear
 from .outputs import CausalLMOutputWithPast
+from .parallel_plan import Style
 
 
 class GPT2Config(PreTrainedConfig):
@@ -79,7 +80,7 @@ class GPT2Attention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.num_heads, self.head_dim = config.n_head, config.head_dim
+        self.head_dim = config.head_dim
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scaling /= layer_idx + 1
@@ -92,8 +93,8 @@ class GPT2Attention(nn.Module):
         self, hidden_states: Tensor, mask: kernels.AttentionMask, cache: Any = None, output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states: (batch, seq, n_embd) → the same, and the weights if asked for."""
-        batch, seq, width = hidden_states.shape
-        by_head = self.c_attn(hidden_states).view(batch, seq, 3, self.num_heads, self.head_dim)
+        batch, seq, _ = hidden_states.shape
+        by_head = self.c_attn(hidden_states).view(batch, seq, 3, -1, self.head_dim)
         query, key, value = by_head.permute(2, 0, 3, 1, 4).unbind(0)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
@@ -108,7 +109,7 @@ class GPT2Attention(nn.Module):
             score_precision=self.score_precision,
             output_attentions=output_attentions,
         )
-        output = self.c_proj(output.transpose(1, 2).reshape(batch, seq, width))
+        output = self.c_proj(output.transpose(1, 2).reshape(batch, seq, -1))
         return self.resid_dropout(output), weights
 
 
@@ -184,6 +185,16 @@ class GPT2LMHeadModel(CausalLM):
     _no_split_modules = ["GPT2Block"]
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
     _keys_to_ignore_on_load_unexpected = [r"attn\.bias$", r"attn\.masked_bias$"]
+    _tp_plan = {
+        "transformer.wte": "embedding_rowwise",
+        "transformer.h.*.attn": "shared_input",
+        "transformer.h.*.attn.c_attn": Style("colwise", parts=3),
+        "transformer.h.*.attn.c_proj": "rowwise",
+        "transformer.h.*.mlp": "shared_input",
+        "transformer.h.*.mlp.c_fc": "colwise",
+        "transformer.h.*.mlp.c_proj": "rowwise",
+        "lm_head": "colwise_gather_output",
+    }
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__(config)

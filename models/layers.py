@@ -59,8 +59,9 @@ class Conv1D(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
-        rows = torch.addmm(self.bias, hidden_states.reshape(-1, self.nx), self.weight)
-        return rows.view(*hidden_states.shape[:-1], self.nf)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])  # of a cut layer, a part of in_features
+        rows = rows @ self.weight if self.bias is None else torch.addmm(self.bias, rows, self.weight)
+        return rows.view(*hidden_states.shape[:-1], rows.shape[-1])
 
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}"
@@ -76,13 +77,16 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.variance_epsilon = eps
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., hidden_size) → the same."""
-        return kernels.rms_norm(hidden_states, self.weight, self.variance_epsilon, kernels=self.kernels)
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Any:
+        """(..., hidden_size) → the same; with a residual, as `after_add`."""
+        weight, eps = self.weight, self.variance_epsilon
+        if residual is not None:
+            return kernels.add_rms_norm(hidden_states, residual, weight, eps, kernels=self.kernels)
+        return kernels.rms_norm(hidden_states, weight, eps, kernels=self.kernels)
 
     def after_add(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of hidden_states + residual, hidden_states + residual), both (..., hidden_size), in one pass."""
-        return kernels.add_rms_norm(hidden_states, residual, self.weight, self.variance_epsilon, kernels=self.kernels)
+        return self(hidden_states, residual)  # a call of the module, for what hangs on its calls
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -93,13 +97,16 @@ class LayerNorm(nn.LayerNorm):
 
     kernels: Kernels = AUTO
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., hidden_size) → the same."""
-        return kernels.layer_norm(hidden_states, self.weight, self.bias, self.eps, kernels=self.kernels)
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Any:  # type: ignore[override]
+        """(..., hidden_size) → the same; with a residual, as `after_add`."""
+        weight, bias, eps = self.weight, self.bias, self.eps
+        if residual is not None:
+            return kernels.add_layer_norm(hidden_states, residual, weight, bias, eps, kernels=self.kernels)
+        return kernels.layer_norm(hidden_states, weight, bias, eps, kernels=self.kernels)
 
     def after_add(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of hidden_states + residual, hidden_states + residual), both (..., hidden_size), in one pass."""
-        return kernels.add_layer_norm(hidden_states, residual, self.weight, self.bias, self.eps, kernels=self.kernels)
+        return self(hidden_states, residual)  # as in `RMSNorm`
 
 
 def padding_index(config: Any) -> int | None:

@@ -232,6 +232,17 @@ class LlamaForCausalLM(CausalLM):
     base_model_prefix = "model"
     _no_split_modules = ["LlamaDecoderLayer"]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {
+        "model.embed_tokens": "embedding_rowwise",
+        "model.layers.*.self_attn": "shared_input",
+        "model.layers.*.self_attn.[qkv]_proj": "colwise",
+        "model.layers.*.self_attn.o_proj": "rowwise",
+        "model.layers.*.mlp": "shared_input",
+        "model.layers.*.mlp.gate_proj": "colwise",
+        "model.layers.*.mlp.up_proj": "colwise",
+        "model.layers.*.mlp.down_proj": "rowwise",
+        "lm_head": "colwise_gather_output",
+    }
     model_class: ClassVar[type[LlamaModel]] = LlamaModel
 
     def __init__(self, config: Any) -> None:

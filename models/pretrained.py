@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, ConfigError, nearest
+from ..errors import ArgumentError, ConfigError, ParallelError, nearest
 from ..kernels import Kernels, check_attention
 from ..loading.checkpoint import Checkpoint
 from ..loading.load import load_into
@@ -29,6 +29,7 @@ from .depth import check_depth
 from .fields import parse_dtype
 from .meta import MetaBuild
 from .origin import Origin
+from .parallel import Joined, class_of, refuse_on_mesh
 from .quantized import choose_quantizer, default_place, plain_config, quantize_on_meta
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ _LOAD_ARGUMENTS = (
     "state_dict", "gguf_file",
     "quantization_config", "variant", "use_safetensors", "key_mapping", "ignore_mismatched_sizes", "strict",
     "output_loading_info", "generation_config", "trust_remote_code", "code_revision", "progress", "disable_mmap",
+    "device_mesh", "parallel",
 )  # fmt: skip
 # What they asked for is how loading works: nothing is built twice, and what is offloaded stays in its own files.
 _NO_EFFECT = ("low_cpu_mem_usage", "offload_folder", "offload_state_dict")
@@ -73,9 +75,10 @@ def load_pretrained(
     code_revision: str | None = None,
     progress: bool | None = None,
     disable_mmap: bool | None = None,
+    device_mesh: Joined | None = None,
     **kwargs: Any,
 ) -> Any:
-    """See `AutoModelForCausalLM.from_pretrained`."""
+    """See `AutoModelForCausalLM.from_pretrained`; ``device_mesh`` as `across_ranks` gives it."""
     if model_args:
         raise ArgumentError(
             f"{cls.__name__}.from_pretrained takes keyword arguments after the name, got {len(model_args)} more values"
@@ -89,6 +92,8 @@ def load_pretrained(
     config = _configuration(cls, source, config, kwargs, hub, origin)
     selection = _choose(config, attn_implementation, kernels)
     quantizer = choose_quantizer(source.name, config, quantization_config)
+    if device_mesh is not None:
+        refuse_on_mesh(source, device_map, max_memory, quantizer)
     checkpoint = origin.checkpoint(source)
     config.dtype = choose_dtype(dtype if dtype is not None else torch_dtype, config, checkpoint)
     generation_config = generation_config_of(generation_config, source, config)
@@ -98,10 +103,11 @@ def load_pretrained(
     if quantizer is not None:
         quantize_on_meta(model, quantizer, device_map)
     model.set_kernels(selection)
+    spread = None if device_mesh is None else device_mesh.spread(model, source.commit)
     report = load_into(
         model,
         checkpoint,
-        device_map=default_place(quantizer, device_map),
+        device_map=default_place(quantizer, device_map) if spread is None else spread.layout.device,
         max_memory=max_memory,
         offload_buffers=offload_buffers,
         skip_keys=model._skip_keys_device_placement,
@@ -111,8 +117,11 @@ def load_pretrained(
         initialize=model._init_weights,
         progress=progress,
         disable_mmap=disable_mmap,
+        spread=spread,
         **declarations(model),
     )
+    if device_mesh is not None:
+        device_mesh.finish(model)
     if quantizer is not None:
         quantizer.check(model)
     model.load_report = report
@@ -292,6 +301,20 @@ def save_pretrained(
         if is_main_process:
             model.save_adapter(save_directory)
         return
+    if model.layout is not None and state_dict is None:
+        from ..loading.parallel_save import save_spread
+
+        if push_to_hub:
+            raise ParallelError("a model on a device mesh is saved to a directory first; upload that from one rank")
+        save_spread(
+            save_directory,
+            model,
+            model.layout,
+            texts=texts_of(model),
+            max_shard_size=max_shard_size,
+            variant=variant,
+        )
+        return
     if is_main_process:
         save_checkpoint(
             save_directory,
@@ -311,7 +334,7 @@ def save_pretrained(
 def texts_of(model: CausalLM) -> dict[str, str | bytes]:
     """The text files of a checkpoint, by name; the code of a class that is registered for an auto class among them."""
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
+    config.architectures = [class_of(model).__name__]
     config.dtype = model.dtype
     if not model.is_quantized:
         plain_config(config)
@@ -331,6 +354,8 @@ def push_to_hub(
 
     from ..loading.upload import push_directory
 
+    if model.layout is not None:
+        raise ParallelError("a model on a device mesh is not pushed: save_pretrained() it on all ranks, upload on one")
     if model.adapters:
         raise ArgumentError(
             "a model with adapters is not pushed whole: merge_and_unload() them, or save_adapter() and upload that"

@@ -12,12 +12,16 @@ import torch
 from ..errors import ArgumentError, ConfigError
 from ..loading.collector import collector_paused
 from ..loading.source import HUB_ARGUMENTS, Source, resolve_source
+from ..models.parallel import across_ranks
 from . import table
 from .auto_map import CONFIG
 from .choice import Trust, architecture_for, architecture_of_object, is_configuration, trust_of
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from ..kernels import Kernels
+    from ..loading.parallel_mesh import ParallelConfig
     from ..models.causal_lm import CausalLM
     from ..models.configuration import PreTrainedConfig
 
@@ -73,6 +77,7 @@ class AutoModelForCausalLM:
         _refuse_building(self)
 
     @classmethod
+    @across_ranks
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | Source | None,
@@ -106,6 +111,8 @@ class AutoModelForCausalLM:
         code_revision: str | None = None,
         progress: bool | None = None,
         disable_mmap: bool | None = None,
+        device_mesh: DeviceMesh | Any = None,
+        parallel: ParallelConfig | str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load a checkpoint into the class its model_type is registered with; returns it in evaluation mode.
@@ -149,11 +156,14 @@ class AutoModelForCausalLM:
         progress: show a bar (None: on a terminal, when it takes long).
         disable_mmap: True reads the weights from end to end into memory of their own instead of mapping the files;
             None does so on network and FUSE file systems, where the report says it; False never.
+        device_mesh: spread the model over the ranks of a torch DeviceMesh, each of which calls this and reads its own
+            parts only; see docs/parallel.md. parallel: "fsdp", "tp", "fsdp+tp" or a `ParallelConfig`; None goes by
+            the names of the mesh's dimensions.
         The model's ``load_report`` says what came from where. On the CPU in the checkpoint's own dtype parameters are
         private copy-on-write mappings of the files: nothing is read until used, and training never changes the files.
         Raises NotFoundError, OfflineError or GatedError where files cannot be had; ConfigError and
             UnsupportedModelError for the configuration; FormatError, IntegrityError, PathError, ShapeMismatchError,
-            MissingWeightsError for the weights; DeviceMapError; AttentionError and KernelError for what
+            MissingWeightsError for the weights; DeviceMapError; ParallelError; AttentionError and KernelError for what
             is unknown or cannot run here; QuantizationError for an unknown method, a wrong configuration and codes that
             do not fit; ArgumentError (a TypeError) for an unknown keyword. All before a byte of weights is read, but
             for numbers that have no code (infinities, NaN); no half-built model is left.
@@ -199,6 +209,7 @@ class AutoModelForCausalLM:
                 code_revision=code_revision,
                 progress=progress,
                 disable_mmap=disable_mmap,
+                device_mesh=device_mesh,
                 **kwargs,
             )
 

@@ -1,0 +1,82 @@
+"""Saving a model that is spread over a device mesh: one weight at a time is gathered, and the first rank writes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..errors import ParallelError
+from .parallel_agree import Agreement
+from .parallel_mesh import Layout
+from .save import save_checkpoint, written_order
+
+
+def save_spread(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    layout: Layout,
+    *,
+    texts: Mapping[str, str | bytes],
+    max_shard_size: int | str = "50GB",
+    variant: str | None = None,
+) -> None:
+    """`save_checkpoint` by the mesh's first rank, called on all of them; returns when the files are there.
+
+    Every rank holds one whole weight at a time. What the first rank raises, it raises after all ranks are done, and
+    the others raise ParallelError.
+    """
+    agreement = Agreement(layout.mesh)
+    weights = _once(model)
+    blanks = {
+        name: torch.empty(layout.folded.get(name, tuple(tensor.shape)), dtype=tensor.dtype, device="meta")
+        for name, tensor in weights.items()
+    }
+    gathered = _gathered(weights, blanks, written_order(blanks, max_shard_size))
+    failed: BaseException | None = None
+    if dist.get_rank() == int(layout.mesh.mesh.flatten()[0]):
+
+        def values(name: str) -> torch.Tensor:
+            found, tensor = next(gathered)
+            if found != name:
+                raise ParallelError(f"{name!r} was to be written where {found!r} was gathered")
+            return tensor
+
+        try:
+            save_checkpoint(
+                directory, blanks, texts=texts, max_shard_size=max_shard_size, variant=variant, values=values
+            )
+        except BaseException as error:  # the others are waiting: go on with them to the end
+            failed = error
+    for _ in gathered:
+        pass
+    if failed is not None:
+        agreement.fail(failed)
+        raise failed
+    agreement.meet()
+
+
+def _once(model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint holds of the model: tied weights under their first name."""
+    seen: set[int] = set()
+    found: dict[str, Any] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
+
+
+def _gathered(
+    weights: Mapping[str, Any], blanks: Mapping[str, torch.Tensor], order: list[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole weights in the order they are written in, on the CPU; a collective for each, so all ranks must go on."""
+    with torch.no_grad():
+        for name in order:
+            tensor = weights[name].detach()
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            yield name, whole.to("cpu").reshape(blanks[name].shape)
