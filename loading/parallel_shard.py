@@ -65,9 +65,10 @@ def wrap_for_fsdp(model: nn.Module, units: Sequence[str], layout: Layout) -> Non
     options: dict[str, Any] = {"mesh": layout.fsdp, "mp_policy": config.mixed_precision or MixedPrecisionPolicy()}
     if config.reshard_after_forward is not None:
         options["reshard_after_forward"] = config.reshard_after_forward
-    for name in units:
-        fully_shard(model.get_submodule(name), **options)
-    fully_shard(model, **options)
+    for module in (*map(model.get_submodule, units), model):
+        wrapped: Any = fully_shard(module, **options)
+        if layout.device.type == "cpu":  # gloo's own average is the sum in older versions of torch
+            wrapped.set_force_sum_reduction_for_comms(True)
 
 
 def distributed(local: torch.Tensor, mesh: Any, placements: Any, shape: Sequence[int]) -> torch.Tensor:
