@@ -20,7 +20,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import ArgumentError, MissingWeightsError, QuantizationError, RemoteCodeError, nearest
+from ..errors import (
+    ArgumentError,
+    MissingWeightsError,
+    ParallelError,
+    QuantizationError,
+    RemoteCodeError,
+    nearest,
+)
 from ..loading.load import load_into
 from ..loading.plan import Plan, make_plan
 from ..loading.source import HUB_ARGUMENTS, Source
@@ -57,18 +64,21 @@ def load_guest(
     generation_config: Any = None,
     progress: bool | None = None,
     disable_mmap: bool | None = None,
+    device_mesh: Any = None,
     **kwargs: Any,
 ) -> Any:
     """A model of a guest's class in evaluation mode; the arguments are those of `AutoModelForCausalLM.from_pretrained`.
 
-    Raises ArgumentError for arguments that need a class of loadstone's, QuantizationError if the checkpoint or the
-    caller wants codes, RemoteCodeError if the class cannot be built, and what `load_into` raises.
+    Raises ArgumentError or ParallelError for what needs a class of loadstone's, QuantizationError if the checkpoint or
+    the caller wants codes, RemoteCodeError if the class cannot be built, and what `load_into` raises.
     """
     if isinstance(source, AdaptedSource):
         raise ArgumentError(
             f"{source.describe()} has an adapter, and {cls.__name__} is not loadstone's class; load the base model "
             "alone and put the adapter on it with the library that the class is written for"
         )
+    if device_mesh is not None:
+        raise ParallelError(f"device_mesh= needs a class of loadstone's, not {cls.__name__}, whose layers nobody declares")
     if kernels != "auto":
         raise ArgumentError(f"kernels= needs a class of loadstone's, not {cls.__name__}")
     config = _configuration(config_class, source, config, kwargs)

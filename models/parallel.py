@@ -51,6 +51,7 @@ class Joined:
     def finish(self, model: CausalLM) -> None:
         """Make the forwards those of the loaded weights, once all ranks have theirs."""
         self.agreement.meet()
+        self.agreement.over = True  # what fails from here on fails alike, or is one rank's own affair
         model.layout = self.layout
         if self.layout.tp is not None:
             from .parallel_forward import parallelize_forwards
@@ -127,11 +128,13 @@ def _download(name: Any, kwargs: dict[str, Any]) -> str | None:
     from ..loading.source import HUB_ARGUMENTS
     from .origin import Origin
 
-    origin = Origin(kwargs.get("variant"), kwargs.get("use_safetensors"), kwargs.get("state_dict"))
+    origin = Origin(*(kwargs.get(name) for name in Origin._fields))
     source = origin.source(name, {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}, kwargs.get("config"))
     for file in ("config.json", "generation_config.json"):
         source.find(file)
-    if origin.state_dict is None:
+    if origin.gguf_file is not None:
+        source.fetch([origin.gguf_file])
+    elif origin.state_dict is None:
         open_checkpoint(source, variant=origin.variant, use_safetensors=origin.use_safetensors)
     return source.commit
 

@@ -209,7 +209,7 @@ class AutoModelForCausalLM:
                 code_revision=code_revision,
                 progress=progress,
                 disable_mmap=disable_mmap,
-                device_mesh=device_mesh,
+                **({} if device_mesh is None else {"device_mesh": device_mesh}),
                 **kwargs,
             )
 

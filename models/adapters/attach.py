@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ...errors import ArgumentError, ConfigError, nearest
+from ...errors import ArgumentError, ConfigError, ParallelError, nearest
 from .config import ALL_LINEAR, LoraConfig
 from .layer import LoraLinear, is_adaptable
 from .patterns import linear_pattern
@@ -34,6 +34,11 @@ def attach(model: CausalLM, config: LoraConfig, name: str, targets: list[str]) -
         raise ArgumentError(f"an adapter's name is up to 64 letters, digits, '_' and '-', not {name!r}")
     if name in model.adapters:
         raise ArgumentError(f"the model has an adapter {name!r} already; delete_adapter({name!r}), or use another name")
+    if model.layout is not None:
+        raise ParallelError(
+            f"an adapter cannot be put on a model that is spread over a device mesh ({model.layout.describe()}): its "
+            "matrices would be nobody's share; train it without device_mesh, or merge it into the base and load that"
+        )
     _refuse_merged(model, "add an adapter")
     refuse_foreign(model)
     for target in targets:

@@ -73,7 +73,7 @@ class BeamSearch:
         vocab = scores.shape[-1]
         total = (scores.view(self.batch, self.beams, vocab) + self.running[..., None]).view(self.batch, -1)
         if self.options.do_sample:
-            index = draw(total, generator, self.candidates)
+            index = self.runner.agreed(draw(total, generator, self.candidates))
             score, order = total.gather(1, index).sort(dim=1, descending=True)  # the best first, as `advance` expects
             index = index.gather(1, order)
         else:

@@ -41,7 +41,7 @@ def decode(
         for processor in processors:
             scores = processor(runner.sequences, scores)
         record.step(runner.outputs, logits, scores)
-        tokens = draw(scores, generator) if options.do_sample else scores.argmax(dim=-1)
+        tokens = runner.agreed(draw(scores, generator)) if options.do_sample else scores.argmax(dim=-1)
         if any_finished and options.pad is not None:
             tokens = tokens.where(unfinished, options.pad)
         runner.append(tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from ...errors import ArgumentError, GenerationError
 from ..cache import one_spelling
 from .beam_search import beam_search
+from .company import company_of
 from .configuration import GenerationConfig
 from .decoding import decode
 from .inputs import prepare_prompt, prompt_tensors
@@ -80,8 +82,9 @@ def generate(
     )
     criteria = _criteria(options, tokenizer, ids.shape[1])
     criteria += _as_list(stopping_criteria, "stopping_criteria")
-    runner = Runner(model, prompt, options, copies=copies, cache=past_key_values)
-    with torch.no_grad():
+    company = company_of(model)
+    runner = Runner(model, prompt, options, copies=copies, cache=past_key_values, company=company)
+    with torch.no_grad(), company or nullcontext():
         if options.num_beams > 1:
             if streamer is not None:
                 raise GenerationError("beam search only knows its tokens at the end: streamer needs num_beams=1")

@@ -19,11 +19,14 @@ class Runner:
     """The state of one call to `generate`: sequences so far, mask, positions and cache.
 
     Every prompt row becomes ``copies`` rows after the prompt has been fed (once). ``ids`` is (rows * copies,
-    max_length), of which ``length`` is filled.
+    max_length), of which ``length`` is filled. ``company``: the other ranks of a model on a device mesh.
     """
 
-    def __init__(self, model: Any, prompt: Prompt, options: Options, *, copies: int, cache: Any = None) -> None:
+    def __init__(
+        self, model: Any, prompt: Prompt, options: Options, *, copies: int, cache: Any = None, company: Any = None
+    ) -> None:
         self.model = model
+        self.company = company
         self.prompt = prompt
         self.options = options
         self.copies = copies
@@ -82,6 +85,10 @@ class Runner:
         self.ids[:, self.length] = tokens
         self.length += 1
         self._known += 1
+
+    def agreed(self, drawn: Tensor) -> Tensor:
+        """What was drawn, alike on all ranks that share this model's work."""
+        return drawn if self.company is None else self.company.agreed(drawn)
 
     def reorder(self, rows: Tensor, *, sequences: bool) -> None:
         """Row i goes on from the old row ``rows[i]``; the sequences too, if anything reads them."""
@@ -150,6 +157,8 @@ class Runner:
             "output_hidden_states": self.options.output_hidden_states or None,
         }
         given = {name: value for name, value in given.items() if value is not None and name in self._accepted}
+        if self.company is not None:
+            self.company.step()
         outputs = self.model(**given)
         if self.cache is not None and getattr(outputs, "past_key_values", None) is not None:
             self.cache = outputs.past_key_values
