@@ -42,7 +42,9 @@ class ParallelConfig:
         if config.strategy is not None and not isinstance(config.strategy, str):
             raise ParallelError(f"parallel must be one of {known} or a ParallelConfig, not {config.strategy!r}")
         if config.strategy is not None and config.strategy not in STRATEGIES:
-            raise ParallelError(f"parallel={config.strategy!r} is unknown{nearest(config.strategy, STRATEGIES)}; {known}")
+            raise ParallelError(
+                f"parallel={config.strategy!r} is unknown{nearest(config.strategy, STRATEGIES)}; {known}"
+            )
         if config.tp_plan is not None and not isinstance(config.tp_plan, Mapping):
             raise ParallelError(f"tp_plan must map patterns of module names to styles, not be {config.tp_plan!r}")
         return config

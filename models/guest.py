@@ -78,7 +78,9 @@ def load_guest(
             "alone and put the adapter on it with the library that the class is written for"
         )
     if device_mesh is not None:
-        raise ParallelError(f"device_mesh= needs a class of loadstone's, not {cls.__name__}, whose layers nobody declares")
+        raise ParallelError(
+            f"device_mesh= needs a class of loadstone's, not {cls.__name__}, whose layers nobody declares"
+        )
     if kernels != "auto":
         raise ArgumentError(f"kernels= needs a class of loadstone's, not {cls.__name__}")
     config = _configuration(config_class, source, config, kwargs)

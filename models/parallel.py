@@ -144,7 +144,9 @@ def refuse_on_mesh(source: Source, device_map: Any, max_memory: Any, quantizer: 
     from .adapters.source import AdaptedSource
 
     if device_map is not None or max_memory is not None:
-        raise ParallelError("device_map (or max_memory) and device_mesh were both given; the mesh says where weights live")
+        raise ParallelError(
+            "device_map (or max_memory) and device_mesh were both given; the mesh says where weights live"
+        )
     if quantizer is not None:
         raise ParallelError(
             "quantized weights cannot be spread over a device mesh: codes are no numbers to be sharded and reduced; "

@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import tiny
 import torch
 
 from loadstone import AutoModelForCausalLM
 
-MESHES: dict[str, tuple[str, ...]] = {"fsdp": ("fsdp",), "tp": ("tp",), "fsdp+tp": ("fsdp", "tp")}
-BATCH, LENGTH, RATE = 4, 12, 1e-2
+NAMES: dict[str, tuple[str, ...]] = {"fsdp": ("fsdp",), "tp": ("tp",), "fsdp+tp": ("fsdp", "tp")}
+BATCH, LENGTH, RATE, STEPS = 4, 12, 1e-2, 10
+SIZES: dict[str, Any] = {"vocab_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 48}
+NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "llama": SIZES,
+    "mistral": {**SIZES, "num_key_value_heads": 2},
+    "gpt2": {"vocab_size": 64, **NO_DROPOUT},
+}
 
 
-def mesh(strategy: str, *sizes: int) -> Any:
+class Case(NamedTuple):
+    """One model trained on one mesh."""
+
+    kind: str
+    place: Path
+    strategy: str
+    sizes: tuple[int, ...]
+    steps: int = STEPS
+    options: dict[str, Any] = {}
+    checkpointing: bool = False
+    save_to: Path | None = None
+
+    def __str__(self) -> str:
+        extra = ["checkpointing"] if self.checkpointing else []
+        return "-".join([self.place.name, self.strategy, *map(str, self.sizes), *self.options, *extra])
+
+
+def mesh(strategy: str, sizes: tuple[int, ...]) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh("cpu", sizes, mesh_dim_names=MESHES[strategy])
+    return init_device_mesh("cpu", sizes, mesh_dim_names=NAMES[strategy])
 
 
 def tokens(step: int, vocabulary: int) -> torch.Tensor:
@@ -29,19 +54,20 @@ def whole(tensor: Any) -> torch.Tensor:
     return found.detach().clone()
 
 
-def whole_weights(model: Any) -> dict[str, torch.Tensor]:
+def whole_weights(model: Any, gradients: bool = False) -> dict[str, torch.Tensor]:
+    """Parameters, or their gradients, in the shapes of checkpoints."""
     folded = {} if model.layout is None else model.layout.folded
     return {
-        name: whole(parameter).reshape(folded.get(name, parameter.shape)) for name, parameter in model.named_parameters()
+        name: whole(parameter.grad if gradients else parameter).reshape(folded.get(name, parameter.shape))
+        for name, parameter in model.named_parameters()
     }
 
 
-def train(model: Any, steps: int, share: int = 0, shares: int = 1, checkpointing: bool = False) -> dict[str, Any]:
-    """Losses and norms of gradients of some steps, the last gradients, and the weights afterwards."""
+def train(model: Any, steps: int, share: int = 0, shares: int = 1) -> dict[str, Any]:
+    """Losses and norms of gradients of some steps, the first gradients, and the weights afterwards."""
     model.train()
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, eps=1e-3)  # no noise where gradients are 0
+    # where gradients are zero but for rounding, a small eps would make whole steps of the rounding
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, eps=1e-3)
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         batch = tokens(step, model.config.vocab_size).chunk(shares)[share]
@@ -49,18 +75,49 @@ def train(model: Any, steps: int, share: int = 0, shares: int = 1, checkpointing
         loss.backward()
         losses.append(float(loss.detach()))
         norms.append(float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9))))
-        gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+        gradients = gradients or whole_weights(model, gradients=True)
         optimizer.step()
         optimizer.zero_grad()
     return {"losses": losses, "norms": norms, "gradients": gradients, "weights": whole_weights(model)}
 
 
-def trained(rank: int, place: Path, strategy: str, sizes: tuple[int, ...], steps: int, options: Any) -> Any:
-    """Load and train on a mesh; a rank's losses are those of its share of the batch."""
-    spread = mesh(strategy, *sizes)
-    checkpointing = options.pop("checkpointing", False)
-    model = AutoModelForCausalLM.from_pretrained(place, device_mesh=spread, **options)
-    shares = sizes[0] if "fsdp" in strategy else 1
-    share = spread.get_local_rank(0) if "fsdp" in strategy else 0
-    before = whole_weights(model)
-    return {"before": before, **train(model, steps, share, shares, checkpointing)}
+def held(model: Any) -> int:
+    """Bytes of this rank's parts of the weights."""
+    return sum(parameter.to_local().nbytes for parameter in model.parameters())
+
+
+def trained(rank: int, cases: list[Case]) -> list[dict[str, Any]]:
+    """Load and train each case; a rank's losses are those of its share of the batch."""
+    return [one(case) for case in cases]
+
+
+def one(case: Case) -> dict[str, Any]:
+    spread = mesh(case.strategy, case.sizes)
+    model = AutoModelForCausalLM.from_pretrained(case.place, device_mesh=spread, **case.options)
+    if case.checkpointing:
+        model.gradient_checkpointing_enable()
+    shares = case.sizes[0] if "fsdp" in case.strategy else 1
+    told = {
+        "before": whole_weights(model),
+        "held": held(model),
+        "read": model.load_report.bytes_total,
+        "dtype": model.dtype,
+        **train(model, case.steps, spread.get_local_rank(0) if "fsdp" in case.strategy else 0, shares),
+    }
+    if case.save_to is not None:
+        model.save_pretrained(case.save_to, max_shard_size="20KB")
+    return told
+
+
+def alone(place: Path, steps: int = STEPS, **options: Any) -> dict[str, Any]:
+    """The same with one process."""
+    model = AutoModelForCausalLM.from_pretrained(place, **options)
+    return {"before": whole_weights(model), **train(model, steps)}
+
+
+def checkpoints(directory: Path) -> dict[str, Path]:
+    """A checkpoint of each architecture, and one of a Llama whose head is tied."""
+    for kind in tiny.KINDS:
+        tiny.checkpoint(directory / kind, kind, **OVERRIDES[kind])
+    tiny.checkpoint(directory / "tied", "llama", **SIZES, tie_word_embeddings=True)
+    return {name: directory / name for name in (*tiny.KINDS, "tied")}
