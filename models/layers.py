@@ -97,7 +97,7 @@ class LayerNorm(nn.LayerNorm):
 
     kernels: Kernels = AUTO
 
-    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Any:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Any:
         """(..., hidden_size) → the same; with a residual, as `after_add`."""
         weight, bias, eps = self.weight, self.bias, self.eps
         if residual is not None:

@@ -1,4 +1,4 @@
-"""``from_pretrained`` on a device mesh: the ranks that load together, the one that downloads, and what cannot be spread.
+"""``from_pretrained`` on a device mesh: the ranks that load together, the one that downloads, what cannot be spread.
 
 Every rank calls it. They meet to say what they see, before anything is read: a rank that fails makes all of them fail.
 """
