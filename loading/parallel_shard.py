@@ -59,9 +59,9 @@ def cut_on_meta(tree: Tree, cuts: Mapping[str, Cut], ties: Mapping[str, str], la
 
 def wrap_for_fsdp(model: nn.Module, units: Sequence[str], layout: Layout) -> None:
     """``fully_shard`` each unit and then what is left; parameters become shards along their first dimension."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    config = layout.config
+    config, own = layout.config, type(model)
     options: dict[str, Any] = {"mesh": layout.fsdp, "mp_policy": config.mixed_precision or MixedPrecisionPolicy()}
     if config.reshard_after_forward is not None:
         options["reshard_after_forward"] = config.reshard_after_forward
@@ -69,6 +69,9 @@ def wrap_for_fsdp(model: nn.Module, units: Sequence[str], layout: Layout) -> Non
         wrapped: Any = fully_shard(module, **options)
         if layout.device.type == "cpu":  # gloo's own average is the sum in older versions of torch
             wrapped.set_force_sum_reduction_for_comms(True)
+    made: Any = type(model)
+    if own not in made.__bases__:  # the class that another library sees in its place would be a base of the new one
+        model.__class__ = type(made.__name__, (FSDPModule, own), {"__deepcopy__": made.__deepcopy__})
 
 
 def distributed(local: torch.Tensor, mesh: Any, placements: Any, shape: Sequence[int]) -> torch.Tensor:
