@@ -5,7 +5,8 @@ with a cold page cache (``posix_fadvise``), left on the disk, and to a GPU where
 processes that take turns, everything imported; page cache warm but for the cold ways. The side "limit" is a bare loop
 over the same bytes, the fastest of a few (`loading_limits`); "times the limit" is what loadstone takes of it. Private
 memory is the peak of anonymous memory beyond what the process had. Other loaders bring tensors, not models; they cast
-tensor by tensor. Peers that are not installed are named in the results.
+tensor by tensor; those that are not for models on a CPU race on the first row only. Peers that are not installed are
+named in the results.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "bf16, many shards": {"work": "paths_shards", "stored": "bfloat16", "dtype": "float32",
                           "ways": ["mapped, touched", "cast"]},
 }  # fmt: skip
+BOTH = ("transformers", "safetensors")  # on every row
 GPU_WAYS = ["GPU", "GPU, cast", "cold, GPU"]
 SPARE = 256.0  # MB beyond the model that a load may take
 WANTED, WANTED_GPU = 1.2, 1 / 0.9  # times the limit
@@ -116,7 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
     absent = harness.missing(PEERS)
     for text in absent.values():
         print(text, flush=True)
-    sides = ["loadstone", *(peer for peer in PEERS if peer not in absent), "limit"]
+    there = [peer for peer in PEERS if peer not in absent]
     rows: list[dict[str, Any]] = []
     tiny = str(works.path_of("llama_tiny"))
     for name, spec in ROWS.items():
@@ -128,6 +130,8 @@ def run(arguments: argparse.Namespace) -> None:
             work |= {"stored": "bfloat16", "dtype": "float32"}
         if torch.cuda.is_available():
             work["ways"] = [*work["ways"], *GPU_WAYS]
+        peers = there if name == next(iter(ROWS)) or torch.cuda.is_available() else [p for p in there if p in BOTH]
+        sides = ["loadstone", *peers, "limit"]
         found = harness.race_all(__spec__.name, name, work, rounds=arguments.rounds, sides=sides, uncounted=0)
         derive(found, work)
         for row in found:

@@ -71,9 +71,9 @@ _RANDOM: dict[str, tuple[dict[str, Any], str]] = {  # configuration and size of 
 
 
 _REPEATED: dict[str, tuple[str, int, int]] = {  # dtype, layers, shards
-    "paths_bf16": ("bfloat16", 12, 1),
-    "paths_fp32": ("float32", 5, 1),
-    "paths_shards": ("bfloat16", 12, 100),
+    "paths_bf16": ("bfloat16", 9, 1),
+    "paths_fp32": ("float32", 4, 1),
+    "paths_shards": ("bfloat16", 9, 80),
 }
 
 
