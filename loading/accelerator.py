@@ -23,7 +23,12 @@ def send(moves: Sequence[Move], files: Files, watch: Watch | None) -> dict[str, 
     if cuda:
         largest = min(SLOT, max(-(-sum(move.entry.nbytes for move in cuda) // 4096) * 4096, 4096))
         lanes = {device: CudaLane(device, largest) for device in dict.fromkeys(move.device for move in cuda)}
-        tensors.update(Ring(files, lanes, _pinned, watch).send(cuda))
+
+        def pin(size: int) -> torch.Tensor:  # in a thread, whose device is the first one, used or not
+            with torch.cuda.device(cuda[0].device):
+                return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+        tensors.update(Ring(files, lanes, pin, watch).send(cuda))
     if plain:
         tensors.update(_send_plain(plain, files, watch))
     return tensors
@@ -72,10 +77,6 @@ class CudaLane:
         """See `ring.Lane`."""
         self._side.synchronize()
         self._caller.wait_stream(self._side)
-
-
-def _pinned(size: int) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 def _send_plain(moves: Sequence[Move], files: Files, watch: Watch | None) -> dict[str, torch.Tensor]:

@@ -436,6 +436,48 @@ def test_an_interrupt_ends_the_downloads(
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+def test_after_an_interrupt_shards_that_came_are_there(
+    hub: Any, repo: Any, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)
+    raw, sent = files[shard(SHARDS)], threading.Event()
+
+    def half(handler: Any) -> bool:
+        if handler.command != "GET" or shard(SHARDS) not in handler.path or handler.headers.get("Range"):
+            return False
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(raw)))
+        handler.end_headers()
+        try:
+            handler.wfile.write(raw[: len(raw) // 2])
+            sent.set()
+            for place in range(len(raw) // 2, len(raw) - 1):  # until the other side has gone
+                time.sleep(0.01)
+                handler.wfile.write(raw[place : place + 1])
+        except OSError:
+            pass
+        handler.close_connection = True
+        return True
+
+    def call(self: Any, piece: Any) -> int:
+        assert sent.wait(PATIENCE)
+        raise KeyboardInterrupt
+
+    hub.fault = half
+    with monkeypatch.context() as patch:
+        patch.setattr(fill.Filler, "__call__", call)
+        with pytest.raises(KeyboardInterrupt):
+            load(toy.meta(torch.bfloat16))
+    hub.fault = None
+    hub.take()
+    assert toy.same(load()[0], toy.weights())
+    requests = hub.take()
+    again = {number for number in range(1, SHARDS + 1) if any(shard(number) in request for request in requests)}
+    assert len(again) < SHARDS
+
+
 @pytest.mark.parametrize("early", [True, False])
 def test_one_failure_ends_the_other_downloads(
     hub: Any, repo: Any, monkeypatch: pytest.MonkeyPatch, early: bool
