@@ -20,14 +20,15 @@ from ..errors import FormatError
 from .header import FileStamp
 from .regular import RegularFile, open_regular
 
-MAX_HEADER = 256 << 20
+MAX_HEADER = 64 << 20
+MAX_TEXT = 16 << 20
 MAX_KEY = 1 << 16
 MAX_NAME = 512
 _MOST_ENTRIES = 1 << 20
 _MOST_DIMENSIONS = 4
 _MOST_KEPT = 4096  # elements of an array of numbers that are kept; longer ones belong to vocabularies
 _LIMIT = 1 << 63
-_FIRST_READ = 1 << 20
+_WINDOW = 1 << 20
 _ALIGNMENT = 32
 _SCALARS: dict[int, str] = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 10: "<Q", 11: "<q", 12: "<d",
@@ -94,20 +95,25 @@ def read_gguf_header(file: str | os.PathLike[str]) -> GGUFHeader:
         try:
             return _read(cursor, path, opened.stamp)
         except (struct.error, UnicodeDecodeError, OverflowError) as error:
-            raise FormatError(f"{path}: malformed GGUF header at byte {cursor.position} ({error})") from error
+            raise FormatError(f"{path}: malformed GGUF header at byte {cursor.place} ({error})") from error
 
 
 class _Cursor:
-    """Goes through the header; reads more of the file as it gets there."""
+    """Goes through the header with a window on the file: ``data`` from ``base`` on, and a position in it."""
 
     def __init__(self, file: RegularFile) -> None:
-        self.file, self.position = file, 0
-        self.data = file.read(0, min(file.size, _FIRST_READ))
+        self.file, self.base, self.position = file, 0, 0
+        self.data = file.read(0, min(file.size, _WINDOW))
+
+    @property
+    def place(self) -> int:
+        """The position in the file."""
+        return self.base + self.position
 
     def require(self, count: int) -> None:
-        """See to it that ``count`` more bytes are there; FormatError if the file has not as many."""
-        end = self.position + count
-        if end <= len(self.data):
+        """See to it that ``count`` more bytes are in the window; FormatError if the file has not as many."""
+        end = self.place + count
+        if self.position + count <= len(self.data) and end <= MAX_HEADER:
             return
         if end > self.file.size:
             raise FormatError(
@@ -116,17 +122,24 @@ class _Cursor:
             )
         if end > MAX_HEADER:
             raise FormatError(f"{self.file.path}: a header of over {MAX_HEADER} bytes; that is no GGUF file of weights")
-        more = max(end, min(2 * len(self.data), self.file.size, MAX_HEADER))
-        self.data += self.file.read(len(self.data), more - len(self.data))
+        self.base, self.position = self.place, 0
+        self.data = self.file.read(self.base, min(max(count, _WINDOW), self.file.size - self.base))
 
     def left(self) -> int:
-        return self.file.size - self.position
+        return self.file.size - self.place
 
     def take(self, count: int) -> bytes:
         self.require(count)
         part = self.data[self.position : self.position + count]
         self.position += count
         return part
+
+    def skip(self, count: int) -> None:
+        """Step over bytes, of which there are as many."""
+        self.position += count
+        if self.position > len(self.data):
+            self.base, self.position, self.data = self.place, 0, b""
+            self.require(0)
 
     def number(self, kind: str) -> Any:
         return struct.unpack(kind, self.take(struct.calcsize(kind)))[0]
@@ -152,12 +165,12 @@ class _Cursor:
             if position + 8 > len(data):
                 self.position = position
                 self.require(8)
-                data = self.data
+                data, position = self.data, self.position
             end = position + 8 + int.from_bytes(data[position : position + 8], "little")
             if end > len(data):
                 self.position = position
                 self.require(end - position)
-                data = self.data
+                data, end = self.data, end - position + self.position
             position = end
         self.position = position
 
@@ -193,7 +206,7 @@ def _value(cursor: _Cursor, kind: int, key: str) -> Any:
     if kind == _BOOL:
         return _boolean(cursor.take(1)[0], cursor, key)
     if kind == _STRING:
-        return cursor.text(f"the text of {key!r}", MAX_HEADER)
+        return cursor.text(f"the text of {key!r}", MAX_TEXT)
     if kind != _ARRAY:
         raise FormatError(f"{cursor.file.path}: metadata {key!r} has the unknown type {kind}")
     inner = cursor.number("<I")
@@ -207,9 +220,10 @@ def _value(cursor: _Cursor, kind: int, key: str) -> Any:
         raise FormatError(f"{cursor.file.path}: metadata {key!r} holds {what}, which is not read")
     size = struct.calcsize(code)
     length = cursor.count(f"elements of {key!r}", size)
-    raw = cursor.take(length * size)
     if length > _MOST_KEPT:
+        cursor.skip(length * size)
         return Array(length, None)
+    raw = cursor.take(length * size)
     values = struct.unpack(f"<{length}{code[1]}", raw)
     if inner == _BOOL:
         values = tuple(_boolean(value, cursor, key) for value in values)
@@ -259,7 +273,7 @@ def _place(
     described: list[tuple[str, Kind, tuple[int, ...], int, int]], alignment: int, cursor: _Cursor, path: Path
 ) -> dict[str, GGUFTensor]:
     """The tensors in the order of their bytes, which must follow each other and fill the file."""
-    start = _padded(cursor.position, alignment)
+    start = _padded(cursor.place, alignment)
     tensors: dict[str, GGUFTensor] = {}
     position = 0
     for name, kind, shape, offset, size in sorted(described, key=lambda one: one[3]):

@@ -14,6 +14,7 @@ from ..errors import FormatError
 from .regular import RegularFile
 
 _MAX_DIRECTORY = 100_000_000  # bytes
+_MOST_RECORDS = 1 << 18
 _END = struct.Struct("<4s4H2IH")
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR = struct.Struct("<4sIQI")
@@ -33,7 +34,7 @@ class Record(NamedTuple):
 def zip_records(file: RegularFile) -> dict[str, Record]:
     """The records by name. Raises FormatError for an archive that is damaged, lies, or is compressed or encrypted."""
     count, size, begin = _directory(file)
-    if size > _MAX_DIRECTORY or count * _ENTRY.size > size:
+    if size > _MAX_DIRECTORY or count * _ENTRY.size > size or count > _MOST_RECORDS:
         raise FormatError(f"{file.path}: a zip directory of {size} bytes for {count} records cannot be")
     directory = file.read(begin, size)
     records: dict[str, Record] = {}

@@ -81,7 +81,7 @@ def gguf_weights(source: Source, filename: str) -> Checkpoint:
             if name in entries:
                 raise FormatError(f"{header.file}: tensor {tensor.name!r} is in another of the files too")
             entries[name] = gguf_entry(header, tensor, name, _order(name, facts))
-    return gguf_checkpoint(source.name, headers, entries)
+    return gguf_checkpoint(f"{source.name}/{filename}", headers, entries)
 
 
 def hub_name(name: str) -> str:
