@@ -41,6 +41,17 @@ class ReadError(CheckpointError):
     """The disk, or the network to it, failed while weights were read; ``errno`` is the system's."""
 
 
+class WriteError(CheckpointError):
+    """The disk did not take what was to be written: no space, no permission; ``errno`` is the system's."""
+
+    @classmethod
+    def of(cls, error: OSError, what: str) -> WriteError:
+        """``what`` failed for the system's reason."""
+        told = cls(f"{what}: {error.strerror or error}")
+        told.errno, told.strerror, told.filename = error.errno, error.strerror, error.filename
+        return told
+
+
 class PathError(CheckpointError):
     """A path is not a regular file inside the checkpoint."""
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import PathError
+from ..errors import LoadstoneError, PathError, WriteError
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,17 @@ class _ExchangeImpossible(Exception):
 def replace_contents(directory: str | os.PathLike[str], contents: Contents) -> list[str]:
     """Put new files into ``directory``, made if missing; other files and subdirectories in it stay. Names written.
 
-    Raises PathError if it is a file, OSError (no space, no permission) with the directory as it was before.
+    Raises PathError if it is a file, WriteError (no space, no permission) with the directory as it was before.
     """
+    try:
+        return _replace_contents(directory, contents)
+    except OSError as error:
+        if isinstance(error, LoadstoneError) or not error.errno:
+            raise
+        raise WriteError.of(error, f"cannot save to {os.fspath(directory)!r}") from error
+
+
+def _replace_contents(directory: str | os.PathLike[str], contents: Contents) -> list[str]:
     target = Path(os.path.realpath(directory))
     if os.path.lexists(target) and not target.is_dir():
         raise PathError(f"cannot save to {os.fspath(directory)!r}: it is a file, a directory is needed")
@@ -62,10 +71,9 @@ def replace_contents(directory: str | os.PathLike[str], contents: Contents) -> l
             groups = contents.write(staging)
             sync_directory(staging)
         except OSError as error:
-            if not error.errno:
+            if isinstance(error, LoadstoneError) or not error.errno:
                 raise
-            what = f"{error.strerror}; nothing was saved to {str(target)!r}, which is as it was before"
-            raise OSError(error.errno, what, error.filename) from error
+            raise WriteError.of(error, f"nothing was saved to {str(target)!r}, which is as it was before") from error
         _commit(target, staging, groups, contents.stale, obstacle)
     return [name for group in groups for name in group]
 

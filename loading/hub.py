@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import GatedError, HubError, NotFoundError, OfflineError, RepoIdError
+from ..errors import GatedError, HubError, NotFoundError, OfflineError, RepoIdError, WriteError
 from .arrivals import Abandoned, Arrivals
 from .glimpse import glimpse
 from .proxies import Proxies, through
@@ -327,7 +327,7 @@ def _cached_commit(repo_id: str, revision: str, options: HubOptions) -> str:
     folder = Path(options.cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
     begun = _commit_of_short(folder, revision)
     try:
-        commit = begun or (folder / "refs" / revision).read_text().strip()
+        commit = begun or (folder / "refs" / revision).read_text(errors="replace").strip()
     except OSError as error:
         reason = "local_files_only=True" if options.local_files_only else "HF_HUB_OFFLINE is set"
         raise OfflineError(
@@ -413,7 +413,7 @@ def _translate(error: Exception, what: str, options: HubOptions) -> Exception | 
     if _unreachable(error):
         return OfflineError(f"{what}: the Hub cannot be reached ({said}); check the network and HF_ENDPOINT")
     if isinstance(error, OSError) and error.errno:
-        return None  # the disk's own error, e.g. no space left: its type and number matter
+        return WriteError.of(error, f"{what} cannot be put into the cache ({_cache_place(options)})")
     if isinstance(error, (OSError, ValueError, _transport_error())):
         return HubError(f"{what}: the transfer failed ({said})")
     if type(error) is RuntimeError and isinstance(

@@ -28,13 +28,19 @@ def one_spelling(past_key_values: Any, cache: Any) -> Any:
 def layer_windows(config: Any) -> list[int | None]:
     """The window of each layer of a configuration, None for full attention."""
     count = int(config.num_hidden_layers)
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
+    window = declared(config, "sliding_window")
+    if declared(config, "use_sliding_window") is False:
         window = None
-    types: Sequence[str] | None = getattr(config, "layer_types", None)
+    types: Sequence[str] | None = declared(config, "layer_types")
     if types is None:
         return [window] * count
     return [window if kind == "sliding_attention" else None for kind in types[:count]]
+
+
+def declared(config: Any, name: str) -> Any:
+    """A field of a configuration if its class declares it: what a file holds beside means nothing to the model."""
+    has_field = getattr(type(config), "has_field", None)
+    return getattr(config, name, None) if has_field is None or has_field(name) else None
 
 
 class Cache:

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
@@ -18,7 +19,7 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 import torch
 from typing_extensions import dataclass_transform
 
-from ..errors import ConfigError
+from ..errors import ConfigError, WriteError
 from ..kernels import attention_names, attention_unavailable
 from ..loading.strict_json import read_json_file
 from .fields import check_value, dtype_name, parse_dtype, ranged
@@ -339,16 +340,19 @@ def read_config_file(path: Path, *, limit: int = _MOST_BYTES) -> dict[str, Any]:
 def write_config_file(directory: str | os.PathLike[str], name: str, text: str | bytes) -> None:
     """Write a text file (folders by '/') into a directory, made if need be; an old one stays until the new is whole.
 
-    Raises ConfigError if the directory is a file.
+    Raises ConfigError if the directory is a file, WriteError if the disk does not take it.
     """
     directory = Path(directory)
     if directory.is_file():
         raise ConfigError(f"{directory} is a file; save_pretrained needs a directory")
     place = directory / name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    staged = place.with_name(f".{place.name}.{os.getpid()}")
+    staged = place.with_name(f".{place.name}.{os.getpid()}-{threading.get_ident()}")
     try:
-        staged.write_bytes(text if isinstance(text, bytes) else text.encode())
-        os.replace(staged, place)
-    finally:
-        staged.unlink(missing_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            staged.write_bytes(text if isinstance(text, bytes) else text.encode())
+            os.replace(staged, place)
+        finally:
+            staged.unlink(missing_ok=True)
+    except OSError as error:
+        raise WriteError.of(error, f"{str(place)!r} is not written, what was there before still is") from error

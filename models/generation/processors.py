@@ -79,8 +79,19 @@ def no_repeat_ngram(scores: Tensor, input_ids: Tensor, size: int) -> Tensor:
 
 
 def hide(scores: Tensor, tokens: Tensor) -> Tensor:
-    """Hide these tokens, (count,) ids, in every row."""
-    return scores.index_fill(-1, tokens, _HIDDEN)
+    """Hide these tokens, (count,) ids, in every row; ids that no score belongs to cannot come anyway."""
+    vocab = scores.shape[-1]
+    hidden = torch.zeros(vocab + 1, dtype=torch.bool, device=scores.device)
+    hidden.index_fill_(0, tokens.where((tokens >= 0) & (tokens < vocab), vocab), True)
+    return scores.masked_fill(hidden[:vocab], _HIDDEN)
+
+
+def force(scores: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Hide all tokens but these. Raises GenerationError if there is no such token."""
+    vocab = scores.shape[-1]
+    if not all(0 <= token < vocab for token in tokens):
+        raise GenerationError(f"forced_eos_token_id={list(tokens)}: the model has tokens from 0 to {vocab - 1}")
+    return torch.full_like(scores, _HIDDEN).index_fill_(-1, torch.tensor(tokens, device=scores.device), 0.0)
 
 
 def renormalize(scores: Tensor) -> Tensor:
@@ -128,7 +139,8 @@ class BadWords:
         groups: dict[int, list[Sequence[int]]] = {}
         for sequence in sequences:
             groups.setdefault(len(sequence) - 1, []).append(sequence)
-        self._highest = max(max(sequence) for group in groups.values() for sequence in group) if groups else -1
+        named = [token for group in groups.values() for sequence in group for token in sequence]
+        self._lowest, self._highest = min(named, default=0), max(named, default=0)
         self._single = torch.tensor([s[0] for s in groups.pop(0, [])], dtype=torch.long, device=device)
         self._longer = [
             (torch.tensor([s[:-1] for s in group], device=device), torch.tensor([s[-1] for s in group], device=device))
@@ -136,8 +148,9 @@ class BadWords:
         ]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._highest >= scores.shape[-1]:
-            raise GenerationError(f"bad_words_ids names token {self._highest}, the model has {scores.shape[-1]}")
+        if self._highest >= scores.shape[-1] or self._lowest < 0:
+            wrong = self._lowest if self._lowest < 0 else self._highest
+            raise GenerationError(f"bad_words_ids names token {wrong}, the model has {scores.shape[-1]}")
         scores = hide(scores, self._single)
         for prefixes, last in self._longer:
             if prefixes.shape[1] <= input_ids.shape[1]:
@@ -163,14 +176,8 @@ def build(
     if options.eos and options.min_length > prompt_length:
         result.append(lambda ids, scores: hide(scores, eos) if ids.shape[1] < options.min_length else scores)
     if options.forced_eos:
-        forced = torch.tensor(options.forced_eos, dtype=torch.long, device=device)
-        result.append(
-            lambda ids, scores: (
-                torch.full_like(scores, _HIDDEN).index_fill_(-1, forced, 0.0)
-                if ids.shape[1] == options.max_length - 1
-                else scores
-            )
-        )
+        forced = options.forced_eos
+        result.append(lambda ids, scores: force(scores, forced) if ids.shape[1] == options.max_length - 1 else scores)
     if options.suppress_tokens:
         suppressed = torch.tensor(options.suppress_tokens, dtype=torch.long, device=device)
         result.append(lambda ids, scores: hide(scores, suppressed))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import GenerationError
 from ...loading.memory import check_memory
-from ..cache import DynamicCache, StaticCache
+from ..cache import DynamicCache, StaticCache, declared
 from .inputs import Prompt
 from .options import Options, warn_once
 
@@ -186,7 +186,7 @@ def _check_room(model: Any, options: Options, rows: int, ids: Tensor) -> None:
     config, size = model.config, rows * options.max_length * ids.itemsize
     if options.static_cache:
         widths = [getattr(config, name, 1) or 1 for name in ("num_hidden_layers", "num_key_value_heads", "head_dim")]
-        window = min(getattr(config, "sliding_window", None) or options.max_length, options.max_length)
+        window = min(declared(config, "sliding_window") or options.max_length, options.max_length)
         size += 2 * rows * window * widths[0] * widths[1] * widths[2] * model.dtype.itemsize
     check_memory(size, f"generating {rows} sequences of up to {options.max_length} tokens")
 
