@@ -5,9 +5,9 @@ Models do not need this module; the command and the examples do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ..errors import ArgumentError, ConfigError, MissingDependencyError, NotFoundError
 from ..loading.source import Source
@@ -15,6 +15,8 @@ from .configuration import read_config_file
 
 CONFIG_NAME = "tokenizer_config.json"
 FILE_NAME = "tokenizer.json"
+_MOST_BYTES = 256 << 20
+_T = TypeVar("_T")
 _HELD_BACK = 16  # tokens of one character that a stream waits for; longer runs are not a character
 
 
@@ -86,10 +88,11 @@ class FastTokenizer:
             raise MissingDependencyError(
                 f"{path.name} needs the tokenizers package: pip install 'loadstone[text]'"
             ) from error
-        try:
-            self._backend = Backend.from_file(str(path))
-        except Exception as error:  # the package raises nothing narrower
-            raise ConfigError(f"{path} is not a tokenizer: {error}") from error
+        size = path.stat().st_size
+        if size > _MOST_BYTES:
+            raise ConfigError(f"{path} has {size} bytes; a tokenizer is at most {_MOST_BYTES}")
+        self._path = path
+        self._backend = _spoken(lambda: Backend.from_file(str(path)), f"{path} is not a tokenizer")
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self._special(config or {}, "bos_token")
         self.eos_token_id = self._special(config or {}, "eos_token")
@@ -102,13 +105,27 @@ class FastTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids, with the specials that tokenizer.json puts around a text. Raises ArgumentError if not Unicode."""
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            what = f"{self._path} cannot tokenize this text"
+            return _spoken(lambda: self._backend.encode(text, add_special_tokens=add_special_tokens).ids, what)
         except (TypeError, UnicodeEncodeError) as error:
             raise ArgumentError(f"the text cannot be tokenized: {error}") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        what = f"{self._path} makes no text of these tokens"
+        return _spoken(lambda: self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens), what)
+
+
+def _spoken(call: Callable[[], _T], what: str) -> _T:
+    """``call()``; what the tokenizers package raises for a file's sake, panics of its Rust too, as a ConfigError."""
+    try:
+        return call()
+    except (TypeError, UnicodeEncodeError, OverflowError):
+        raise  # the caller's arguments
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ConfigError(f"{what}: {error}") from error
 
 
 def load_tokenizer(source: Source) -> Tokenizer:

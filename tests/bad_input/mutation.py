@@ -75,6 +75,13 @@ class Mutator:
                 held[at : at + 8] = pick.choice((0, 1, 1 << 31, (1 << 63) - 1, (1 << 64) - 1)).to_bytes(8, "little")
         return bytes(held)
 
+    def front(self, data: bytes, other: bytes) -> bytes:
+        """Blind changes, most of them where headers are."""
+        if self.random.random() < 0.2:
+            return self.flat(data, other)
+        place = self.random.choice((64, 600, 2400))
+        return self.flat(data[:place], other[:place]) + data[place:]
+
     def text(self, data: bytes, other: bytes) -> bytes:
         """JSON with a few nodes changed, or blind changes if it is none."""
         try:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import gguf_files
 import tiny
 import torch
 from bad_input.inputs import good, good_sharded, put
@@ -25,8 +27,9 @@ from loadstone.loading.checkpoint import open_checkpoint
 from loadstone.loading.files import Files
 from loadstone.loading.header import read_header
 from loadstone.loading.source import resolve_source
+from loadstone.models.tokenizer import load_tokenizer
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX, GGUF = "model.safetensors", "model.safetensors.index.json", "model.gguf"
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
@@ -146,10 +149,61 @@ def quantized(place: Path) -> bool:
     return True
 
 
+def tokenizer(place: Path) -> bool:
+    """Text goes in and comes out as numbers, and the other way round, or a typed error."""
+    found = load_tokenizer(resolve_source(place))
+    try:
+        ids = found.encode("low lower\n\U0001f600")
+    except LoadstoneError:
+        return True  # a tokenizer that cannot tokenize this, and says so
+    assert all(type(token) is int for token in ids)
+    assert isinstance(found.decode(ids), str)
+    return True
+
+
+def _tokenizers() -> list[bytes]:
+    words = {"[UNK]": 0, "low": 1, "er": 2, "l": 3, "o": 4, "w": 5, "lo": 6, " ": 7}
+    shared = {"version": "1.0", "truncation": None, "padding": None, "normalizer": {"type": "NFC"},
+              "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": {"type": "Fuse"},
+              "added_tokens": [{"id": 8, "content": "<s>", "single_word": False, "lstrip": False, "rstrip": False,
+                                "normalized": False, "special": True}]}  # fmt: skip
+    level = {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"}
+    pairs = {"type": "BPE", "vocab": words, "merges": ["l o", "lo w"], "dropout": None, "unk_token": "[UNK]"}
+    octets = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return [json.dumps({**shared, "model": level}).encode(), json.dumps({**shared, "model": pairs}).encode(),
+            json.dumps({**shared, "model": pairs, "pre_tokenizer": octets, "decoder": octets}).encode()]  # fmt: skip
+
+
+def gguf(place: Path) -> bool:
+    """The values are those of gguf's own reader, for all tensors whose rows stay in their order."""
+    loaded = AutoModelForCausalLM.from_pretrained(place, gguf_file=GGUF, progress=False)
+    theirs = gguf_files.decoded(place / GGUF)
+    missing = {*loaded.load_report.missing, *loaded.load_report.tied}
+    for name, tensor in loaded.state_dict().items():
+        assert not tensor.is_meta
+        if name not in missing and name.split(".")[-2] not in ("q_proj", "k_proj"):
+            held = theirs[gguf_files.gguf_name(name)]
+            assert _equal(tensor, held.to(tensor.dtype)), name
+    with torch.no_grad():
+        assert loaded(torch.tensor([[0, 0, 0]])).logits.shape[:2] == (1, 3)
+    return True
+
+
+@lru_cache(maxsize=1)
+def _ggufs() -> list[bytes]:
+    small = tiny.model("llama", intermediate_size=64, num_hidden_layers=1)
+    with tempfile.TemporaryDirectory() as place:
+        return [gguf_files.save(small, Path(place) / kind, kind).read_bytes() for kind in ("F32", "Q8_0")]
+
+
 def pickled(place: Path) -> bool:
-    """Accepted only if torch's own restricted reader accepts it, with the same tensors."""
+    """The tensors are those of torch's own restricted reader, where that takes the file: of a zip archive's two
+    descriptions of each record it needs both, ours the one at the end."""
     loaded = AutoModelForCausalLM.from_pretrained(place, use_safetensors=False, progress=False)
-    theirs = torch.load(place / "pytorch_model.bin", weights_only=True, map_location="cpu")
+    try:
+        theirs = torch.load(place / "pytorch_model.bin", weights_only=True, map_location="cpu")
+    except RuntimeError:
+        theirs = load(good()[SINGLE])
     right(loaded, {name: tensor for name, tensor in theirs.items() if isinstance(tensor, torch.Tensor)})
     return True
 
@@ -232,7 +286,13 @@ TARGETS: dict[str, Target] = {
         "header",
         adapter,
     ),
+    "tokenizer": Target(lambda place: put(place, {}), "tokenizer.json", _tokenizers, "text", tokenizer),
+    "gguf": Target(lambda place: put(place, {}), GGUF, _ggufs, "front", gguf),
     "pickle": Target(
-        lambda place: put(place, {"config.json": good()["config.json"]}), "pytorch_model.bin", _pickles, "flat", pickled
+        lambda place: put(place, {"config.json": good()["config.json"]}),
+        "pytorch_model.bin",
+        _pickles,
+        "front",
+        pickled,
     ),
 }

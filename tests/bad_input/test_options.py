@@ -109,6 +109,21 @@ def test_lengths_that_no_memory_holds(directory: Path, options: dict[str, Any]) 
         model.generate(torch.tensor([[1, 2]]))
 
 
+def test_a_tokenizer_that_cannot_tokenize(tmp_path: Path) -> None:
+    from loadstone.loading.source import resolve_source
+    from loadstone.models.tokenizer import load_tokenizer
+
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    found = load_tokenizer(resolve_source(tmp_path))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json cannot tokenize"):
+        found.encode("b")
+    with open(tmp_path / "tokenizer.json", "r+b") as file:
+        file.truncate((256 << 20) + 1)
+    with pytest.raises(ConfigError, match="a tokenizer is at most"):
+        load_tokenizer(resolve_source(tmp_path))
+
+
 # Quantization
 
 

@@ -100,3 +100,18 @@ def test_simple_ones() -> None:
     assert torch.equal(processors.temperature(scores, 2.0), scores / 2)
     assert processors.hide(scores, torch.tensor([0, 2])).tolist() == [[float("-inf"), 2.0, float("-inf")]]
     torch.testing.assert_close(processors.renormalize(scores).exp().sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("token", [11, 1 << 40, -1, -(1 << 40)])
+def test_token_ids_that_are_none(token: int) -> None:
+    """Hiding what cannot come changes nothing; a word to avoid or an end to force must be there."""
+    scores = torch.randn(2, 11)
+    assert processors.hide(scores, torch.tensor([token])).equal(scores)
+    hidden = processors.hide(scores, torch.tensor([token, 3]))
+    assert hidden[:, 3].isinf().all()
+    assert hidden.isinf().sum() == 2
+    with pytest.raises(GenerationError, match="forced_eos_token_id"):
+        processors.force(scores, (token,))
+    for words in ([token], [1, token], [token, 1]):
+        with pytest.raises(GenerationError, match="bad_words_ids"):
+            processors.BadWords([words], scores.device)(torch.tensor([[1], [2]]), scores)
