@@ -55,8 +55,7 @@ def named(cells: list[str], places: list[str]) -> list[tuple[str, str]]:
     found = []
     for name in re.findall(r"`([^`]+)`", cells[4]):
         if name.startswith("["):
-            (place,) = places
-            found.append((place, name))
+            found.append((places[0], name))
         elif "::" in name:
             file, _, test = name.partition("::")
             found.append((file, test))
