@@ -53,6 +53,7 @@ class Courier:
         self._buffers: list[Tensor] = []
         self._taken: list[Any] = []
         self._stream: Any = None
+        self._departure: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"device": self.device, "ahead": self.ahead}
@@ -76,6 +77,15 @@ class Courier:
         if self.ahead and parcels:
             self._waiting = (owner, [(parcel, parcel.version) for parcel in parcels], self._do(parcels))
 
+    def departed(self) -> None:
+        """Who was brought last has been used: all that will use it is in the queue of the device.
+
+        The host runs ahead of the device; without this the next ones would be brought, and held, long before.
+        """
+        if self.device.type == "cuda":
+            self._departure = torch.cuda.Event()
+            self._departure.record(torch.cuda.current_stream(self.device))
+
     def drop(self) -> None:
         """Forget what was fetched ahead."""
         waiting, self._waiting = self._waiting, None
@@ -87,7 +97,7 @@ class Courier:
             self._forget()  # a fork has no threads
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="loadstone-offload")
-        return self._thread.submit(self._fetch, list(parcels))
+        return self._thread.submit(self._fetch, list(parcels), self._departure)
 
     def _receive(self, delivery: Delivery) -> list[Tensor]:
         if delivery.event is not None:
@@ -98,9 +108,11 @@ class Courier:
         return delivery.tensors
 
     @torch.no_grad()
-    def _fetch(self, parcels: Sequence[Parcel]) -> Delivery:
-        """In the courier's thread."""
+    def _fetch(self, parcels: Sequence[Parcel], departure: Any = None) -> Delivery:
+        """In the courier's thread, once who was to leave before has left."""
         if self.device.type == "cuda":
+            if departure is not None:
+                departure.synchronize()
             delivery = self._fetch_cuda(parcels)
         else:
             delivery = Delivery([parcel.home.detach().to(self.device).to(parcel.dtype) for parcel in parcels])

@@ -148,7 +148,10 @@ class Guest:
         for seat, copy in self._swapped:
             if seat.table.get(seat.name) is copy:  # else somebody replaced it meanwhile
                 seat.table[seat.name] = seat.home
+        came = bool(self._swapped)
         self._swapped.clear()
+        if came and self.courier is not None:
+            self.courier.departed()
         if self.device.type == "cpu":
             give_back(tensor for tensor in self._on_disk() if not tensor.requires_grad)
 

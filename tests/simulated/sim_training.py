@@ -243,7 +243,7 @@ def test_the_next_block_is_fetched_ahead_and_not_used_once_it_changed(
     monkeypatch.setattr(
         courier_module.Courier,
         "_fetch",
-        lambda self, parcels: (fetched.append(len(parcels)), real_fetch(self, parcels))[1],
+        lambda self, parcels, *rest: (fetched.append(len(parcels)), real_fetch(self, parcels, *rest))[1],
     )
     monkeypatch.setattr(
         courier_module.Courier,
