@@ -8,10 +8,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +18,11 @@ from torch import Tensor, nn
 from ..errors import OffloadError
 from .courier import Courier
 from .offload import Guest, in_a_row
+from .pinned import pinned
 from .placement import CPU, DISK, ON_DISK, RUNS_ON
 from .plan import Plan
 from .travel import Crossing, Route
 from .tree import Slot
-
-logger = logging.getLogger("loadstone.loading")
 
 
 def dispatch(model: nn.Module, plan: Plan, no_split: Collection[str], skip_keys: str | Sequence[str] | None) -> None:
@@ -116,19 +114,26 @@ class _Dispatch:
         return self.main
 
     def _freeze_and_pin(self) -> None:
-        done: dict[int, nn.Parameter] = {}
+        """Offloaded weights get no gradients; those in memory that visit a GPU move to where it reads them directly."""
+        visitors: dict[torch.device, dict[int, list[Slot]]] = {}
         for name, slot in self.plan.tree.weights.items():
             tensor = slot.get()
             place = self.placement.place_of(name, slot)
             offloaded = place == DISK or (place == CPU and self.main.type != "cpu")
-            if tensor is None or not slot.is_parameter or not offloaded:
+            if tensor is None or not offloaded:
                 continue
+            if slot.is_parameter:
+                tensor.requires_grad_(False)
             if place == CPU and self.used_on[name].type == "cuda":
-                if id(tensor) not in done:
-                    done[id(tensor)] = _pinned(tensor)
-                tensor = done[id(tensor)]
-                slot.put(tensor)
-            tensor.requires_grad_(False)
+                visitors.setdefault(self.used_on[name], {}).setdefault(id(tensor), []).append(slot)
+        for device, found in visitors.items():
+            seats = list(found.values())
+            for number, copy in pinned((_value(slots[0]) for slots in seats), device):
+                original = seats[number][0].get()
+                kind: Any = type(original)
+                copy = kind(copy, requires_grad=False) if isinstance(original, nn.Parameter) else copy
+                for slot in seats[number]:
+                    slot.put(copy)
 
     def _walk(
         self, name: str, module: nn.Module, depth: int = 0, glue: torch.device | None = None, inside: bool = False
@@ -239,6 +244,10 @@ def _is_looked_up(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward and module.max_norm is None
 
 
+def _value(slot: Slot) -> Tensor:
+    return cast(Tensor, slot.get())
+
+
 def _held(module: nn.Module, name: str) -> Tensor:
     tensor = module._parameters.get(name)
     return module._buffers[name] if tensor is None else tensor  # type: ignore[return-value]
@@ -254,15 +263,6 @@ def _in_dtype_of_use(module: nn.Module, state_dict: Any, prefix: str, _metadata:
     for name, dtype in vars(module).get(ON_DISK, {}).items():
         if (tensor := state_dict.get(prefix + name)) is not None and tensor.dtype != dtype:
             state_dict[prefix + name] = tensor.to(dtype)
-
-
-def _pinned(parameter: Tensor) -> nn.Parameter:
-    """A parameter in pinned memory, from which a GPU reads at full speed; itself where there is no more of it."""
-    try:
-        return nn.Parameter(parameter.detach().pin_memory(), requires_grad=False)
-    except RuntimeError as error:
-        logger.warning("weights on the CPU are not pinned, visiting a GPU takes them longer: %s", error)
-        return nn.Parameter(parameter.detach(), requires_grad=False)
 
 
 def _refuse_moves(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:

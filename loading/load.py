@@ -91,6 +91,8 @@ def load_into(
                 check_packed(plan, checkpoint, mapped=way.mapped)
             execute = _execute if spread is None else spread.execute
             streamed = execute(model, plan, checkpoint, way, initialize, progress)
+        loaded = len(streamed.tensors)
+        streamed.tensors.clear()  # from here on the model alone holds them, so that one that moves is freed
         if plan.placement.given and spread is None:
             model.hf_device_map = plan.placement.as_hf()  # type: ignore[assignment]
         if needs_dispatch(plan.placement):
@@ -100,7 +102,7 @@ def load_into(
     except BaseException:
         _restore(model, plan.tree)
         raise
-    report = _report(plan, checkpoint, streamed, way, time.perf_counter() - started)
+    report = _report(plan, checkpoint, streamed, loaded, way, time.perf_counter() - started)
     if not report.fits:
         logger.warning("%s", report)
     return report
@@ -161,11 +163,13 @@ def _restore(model: nn.Module, tree: Tree) -> None:
     model.__dict__.pop("hf_device_map", None)
 
 
-def _report(plan: Plan, checkpoint: Checkpoint, streamed: Streamed, way: Way, seconds: float) -> LoadReport:
+def _report(
+    plan: Plan, checkpoint: Checkpoint, streamed: Streamed, loaded: int, way: Way, seconds: float
+) -> LoadReport:
     return LoadReport(
         name=checkpoint.name,
         model_class=plan.model_class,
-        loaded=len(streamed.tensors),
+        loaded=loaded,
         missing=plan.missing,
         unexpected=plan.unexpected,
         mismatched=tuple((one.name, one.checkpoint_shape, one.model_shape) for one in plan.mismatched),

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf_files
 import pytest
 import tiny
 import torch
@@ -261,6 +262,24 @@ def test_limits_are_kept_or_the_load_is_refused(tmp_path: Path) -> None:
             load(tmp_path, "cpu", max_memory=limits)
     with pytest.raises(DeviceMapError, match="disk"):
         load(tmp_path, "disk", max_memory={"cpu": 10**9, "disk": 100})
+
+
+def test_pickled_weights_stay_in_their_file_too(tmp_path: Path) -> None:
+    built = tiny.checkpoint(tmp_path / "a", "llama")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.json").write_text((tmp_path / "a" / "config.json").read_text())
+    torch.save(built.state_dict(), tmp_path / "b" / "pytorch_model.bin")
+    model = load(tmp_path / "b", use_safetensors=False)
+    assert model.load_report.bytes_copied == 0
+    with torch.no_grad():
+        assert torch.allclose(model(IDS).logits, built(IDS).logits, atol=1e-5)
+
+
+def test_what_has_to_be_decoded_cannot_stay_on_disk(tmp_path: Path) -> None:
+    built = tiny.model("llama", intermediate_size=64)
+    gguf_files.save(built, tmp_path / "model.gguf", "Q8_0")
+    with pytest.raises(DeviceMapError, match=r"decoded while loading.*'model\.layers\.0\.mlp"):
+        load(tmp_path, gguf_file="model.gguf")
 
 
 @no_accelerator

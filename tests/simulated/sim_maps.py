@@ -17,6 +17,8 @@ from simulated import accelerator
 
 from loadstone import AutoModelForCausalLM, StaticCache
 from loadstone.errors import DeviceMapError, OffloadError
+from loadstone.loading.source import resolve_source
+from loadstone.models.guest import load_guest
 
 LAYERS = {"llama": "model.layers", "mistral": "model.layers", "gpt2": "transformer.h"}
 IDS = torch.arange(22).view(2, 11) * 5 % 61
@@ -221,6 +223,29 @@ def test_automatic_maps_use_what_is_free(checkpoints: Any, monkeypatch: pytest.M
             used = {int(str(p)[-1]) if str(p) != "cpu" else "cpu" for p in model.hf_device_map.values()}
             assert used >= places if kind == "sequential" else used & places, (share, kind, model.hf_device_map)
             assert torch.allclose(model(IDS.to(model.device)).logits.cpu(), reference(IDS).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_classes_of_transformers_run_by_the_same_hooks(checkpoints: Any, kind: str) -> None:
+    """A repository's own code: its masks are tensors, its arguments have names, its caches are its own."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    place, reference = checkpoints[kind]
+    names = {"llama": ("LlamaForCausalLM", "LlamaConfig"), "gpt2": ("GPT2LMHeadModel", "GPT2Config")}[kind]
+    cls, config = (getattr(transformers, name) for name in names)
+    for spec in mixed(kind)[:3]:
+        model = load_guest(cls, config, resolve_source(place), device_map=spec, offload_folder="none")
+        with torch.no_grad():
+            out = model(IDS, attention_mask=MASK, use_cache=True)
+            wanted = reference(IDS, attention_mask=MASK)
+            step = model(IDS[:, :1], attention_mask=one_more(MASK), past_key_values=out.past_key_values).logits
+            again = reference(IDS[:, :1], attention_mask=one_more(MASK), past_key_values=wanted.past_key_values).logits
+        assert out.logits.device == torch.device("cpu")
+        assert torch.allclose(out.logits[:, 3:], wanted.logits[:, 3:], atol=1e-5), spec
+        assert torch.allclose(step, again, atol=1e-5)
+
+
+def one_more(mask: torch.Tensor) -> torch.Tensor:
+    return torch.cat((mask, mask[:, :1].clamp(min=1)), dim=1)
 
 
 def test_buffers_live_where_they_are_used_unless_they_are_to_be_offloaded(checkpoints: Any) -> None:
