@@ -11,7 +11,7 @@ import logging
 import mmap
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 import torch
@@ -77,7 +77,8 @@ def _region(size: int, device: torch.device) -> torch.UntypedStorage:
     return torch.frombuffer(window, dtype=torch.uint8).untyped_storage()
 
 
-def _cuda_register(address: int, size: int) -> bool:
+def register(address: int, size: int) -> bool:
+    """Lock whole pages and make them known to CUDA; False, with a warning, where it takes no more."""
     code = torch.cuda.cudart().cudaHostRegister(address, size, 0)
     if int(code) == 0:
         return True
@@ -89,13 +90,10 @@ def _cuda_register(address: int, size: int) -> bool:
     return False
 
 
-def _cuda_unregister(address: int, device: torch.device) -> None:
+def unregister(address: int, device: torch.device) -> None:
+    """Undo `register`, once ``device`` has taken all that was to be read from there."""
     torch.cuda.synchronize(device)  # it may be reading still
     torch.cuda.cudart().cudaHostUnregister(address)
-
-
-register: Callable[[int, int], bool] = _cuda_register
-unregister: Callable[[int, torch.device], None] = _cuda_unregister
 
 
 def _rounded(size: int) -> int:
