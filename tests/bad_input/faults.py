@@ -1,4 +1,4 @@
-"""Counts the faults that tests inject into saves and downloads, and what was lost: ``python tests/bad_input/faults.py``.
+"""Counts the faults that tests inject into saves and downloads, and what was lost: ``python .../faults.py --record``.
 
 Every save is broken off at each of its steps, by kill -9 or a full disk, and what a reader finds is looked at; every
 request of a load is answered wrongly. With ``--record`` the counts go to ``benchmarks/results/faults.json``.
