@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -454,6 +455,22 @@ def test_links_out_of_the_repository(place: Path, tmp_path: Path) -> None:
             trusted(place)
         (place / name).unlink()
         (place / name).write_bytes(kept)
+    assert trusted(place).scale == 6.0
+    (place / "parts").rename(tmp_path / "parts")
+    (place / "parts").symlink_to(tmp_path / "parts", target_is_directory=True)
+    with pytest.raises(PathError, match="symbolic link out of it"):
+        trusted(place)
+
+
+def test_files_that_are_no_files(place: Path) -> None:
+    for file in ("modeling_tiny.py", "constants.py"):
+        kept = (place / file).read_bytes()
+        (place / file).unlink()
+        os.mkfifo(place / file)
+        with pytest.raises(PathError, match="not a regular file"):  # at once: nobody writes into the pipe
+            trusted(place)
+        (place / file).unlink()
+        (place / file).write_bytes(kept)
     assert trusted(place).scale == 6.0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import remote_code
 from remote_code import AUTO_MAP, CODE
 
 from loadstone import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from loadstone.cli import main
 from loadstone.errors import (
+    ArgumentError,
     HubError,
     IntegrityError,
     NotFoundError,
@@ -55,6 +58,16 @@ def test_own_classes_load(hub: Any, repo: Any) -> None:
     assert hub.take() == [f"HEAD /{NAME}/resolve/main/config.json"]  # absent files are known to be absent
     assert type(trusted(local_files_only=True)) is type(model)
     assert type(trusted(revision=repo.refs["main"])) is type(model)
+    assert hub.take() == []
+
+
+def test_a_snapshot_of_the_cache_given_as_a_directory(hub: Any, repo: Any) -> None:
+    """Its files are links to the cache's blobs."""
+    model = trusted()
+    snapshot = Path(sys.modules[type(model).__module__].__file__ or "").parent
+    assert snapshot.name == repo.refs["main"]
+    hub.take()
+    assert trusted(str(snapshot)).scale == 6.0
     assert hub.take() == []
 
 
@@ -274,3 +287,20 @@ def test_offline_with_part_of_the_code(hub: Any, repo: Any) -> None:
     LlamaConfig.get_config_dict("org/half")
     with pytest.raises(OfflineError, match=r"'configuration_tiny\.py' of repository 'org/half'"):
         AutoConfig.from_pretrained("org/half", trust_remote_code=True, local_files_only=True)
+
+
+def test_code_revision_of_the_command(hub: Any, repo: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = repo.commit(remote_code.files(code={**CODE, "modeling_tiny.py": "1 / 0"}), "broken")
+    command = ["inspect", NAME, "--trust-remote-code", "--json"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["model_class"] == "TinyForCausalLM"
+    assert main([*command, "--code-revision", "broken"]) == 2
+    assert f"(commit {broken[:12]}) failed: ZeroDivisionError" in capsys.readouterr().err
+    assert main([*command, "--revision", "broken", "--code-revision", repo.refs["main"]]) == 0
+
+
+def test_code_revision_has_no_effect_on_a_directory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert trusted(str(remote_code.write(tmp_path / "local")), code_revision="v1").scale == 6.0
+    assert "code_revision='v1' has no effect" in caplog.text
+    with pytest.raises(ArgumentError, match="code_revision"):
+        trusted(str(tmp_path / "local"), code_revision=1)
