@@ -86,9 +86,9 @@ def environment(hub: Any, tmp_path: Path) -> dict[str, str]:
 def test_two_processes_downloading_at_once(hub: Any, tmp_path: Path) -> None:
     """Both get the whole model; the weights come over the network once."""
     hub.repo("org/name", good_sharded())
-    processes = [start(LOAD, **environment(hub, tmp_path)) for _ in range(3)]
+    processes = [start(LOAD, **environment(hub, tmp_path)) for _ in range(2)]
     expected = digest(put(tmp_path / "whole", good_sharded()))
-    assert [said(process) for process in processes] == [expected] * 3
+    assert [said(process) for process in processes] == [expected] * 2
     gets = [request for request in hub.take() if request.startswith("GET") and request.endswith(".safetensors")]
     assert len(gets) == 2
     assert not list((tmp_path / "cache").rglob("*.incomplete"))
@@ -264,7 +264,7 @@ for limit in (2000, 4000, 100_000, 2000) * 6:
 def test_processes_saving_to_one_directory_at_once(tmp_path: Path) -> None:
     """A reader finds a whole checkpoint of one of them at the end, and nothing is left beside it."""
     target = tmp_path / "model"
-    processes = [start(SAVE, str(target), str(number)) for number in range(3)]
+    processes = [start(SAVE, str(target), str(number)) for number in range(2)]
     for process in processes:
         said(process)
     assert os.listdir(tmp_path) == ["model"]

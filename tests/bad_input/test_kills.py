@@ -15,7 +15,10 @@ DRIVER = Path(__file__).with_name("kill_driver.py")
 FOREIGN = ["tokenizer.json", "sub/log", "sub/deep/log"]
 SCENARIOS = ["quantize over shards", "quantize to shards", "adapter over adapter"]
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="directories are exchanged on Linux only")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="directories are exchanged on Linux only"),
+]
 
 
 def outcomes(tmp_path: Path, scenario: str, how: str) -> list[dict[str, Any]]:
