@@ -1,4 +1,4 @@
-"""A coverage-guided fuzzer of everything that reads strangers' files: ``python tests/bad_input/fuzz.py --seconds 240``.
+"""A coverage-guided fuzzer of everything that reads strangers' files: ``python tests/bad_input/fuzz.py --seconds 300``.
 
 Inputs that reach an arc (from one line of loadstone to the next) that none reached before join the corpus, from which
 new ones are made. A fault is any exception that is not loadstone's, a model that is accepted and not right, an input

@@ -19,7 +19,9 @@ if str(ROOT / "tests") not in sys.path:
 DOCUMENT = ROOT / "docs" / "bad_input.md"
 HEAD = "| input | error | message | guaranteed | test |\n|---|---|---|---|---|\n"
 RESULTS = ROOT / "benchmarks" / "results" / "fuzz.json"
+FAULTS = ROOT / "benchmarks" / "results" / "faults.json"
 _COUNTS = ("inputs", "accepted", "refused", "corpus", "arcs", "faults", "lost", "run")
+_BROKEN = re.compile(r"(<!-- the counts of benchmarks/results/faults\.json -->\n)(?:.+\n)*")
 _RUN = re.compile(r"(<!-- the run of benchmarks/results/fuzz\.json -->\n)[^#]*\Z")
 _MARK = re.compile(r"(<!-- rows of (\S+)::(\w+), guaranteed: ([A-Z ]+) -->\n)(?:\|.*\n)*")
 
@@ -68,7 +70,24 @@ def renewed(text: str) -> str:
         ]
         return mark + HEAD + "".join(lines)
 
-    return _RUN.sub(lambda found: found[1] + _recorded(), _MARK.sub(fill, text))
+    text = _BROKEN.sub(lambda found: found[1] + _injected(), _MARK.sub(fill, text))
+    return _RUN.sub(lambda found: found[1] + _recorded(), text)
+
+
+def _injected() -> str:
+    """The recorded count of faults in a sentence."""
+    if not FAULTS.exists():
+        return ""
+    result = json.loads(FAULTS.read_text(encoding="utf-8"))
+    counts = dict.fromkeys(("kill", "full", "Hub"), 0)
+    for row in result["rows"]:
+        counts[next(kind for kind in counts if row["row"].endswith(kind))] += row["injected"]
+    total = result["total"]
+    return (
+        f"{total['injected']} faults: {counts['kill']} times kill -9 and {counts['full']} times a full disk, each at\n"
+        f"another step of a save; {counts['Hub']} wrong answers of the Hub. Lost, mixed or left behind: {total['lost']}.\n"
+        f"Commit {result['commit']}, {result['date'][:10]}.\n"
+    )
 
 
 def _recorded() -> str:

@@ -132,3 +132,12 @@ def test_the_recorded_run_found_nothing() -> None:
     assert {row["row"] for row in result["rows"]} <= set(TARGETS)
     assert sum(row["inputs"] for row in result["rows"]) == result["total"]["inputs"] > 10_000
     assert (result["total"]["faults"], result["total"]["lost"], result["total"]["run"]) == (0, 0, 0)
+
+
+@pytest.mark.skipif(not table.FAULTS.exists(), reason="no count is recorded")
+def test_the_recorded_faults_lost_nothing() -> None:
+    import json
+
+    result = json.loads(table.FAULTS.read_text(encoding="utf-8"))
+    assert sum(row["injected"] for row in result["rows"]) == result["total"]["injected"] > 500
+    assert result["total"]["lost"] == 0
