@@ -96,7 +96,8 @@ def _fill(room: Sequence[tuple[Move, torch.Tensor]], files: Files, watch: Watch 
         target = flat[begin:end]
         if target.device.type == "cpu":
             populate(target)
-        target.copy_(files.flat(move.entry, begin, end))
+        assert move.entry.values is not None
+        move.entry.values.fill(move.entry, files, begin, target)
         return (end - begin) * move.entry.dtype.itemsize
 
     work = sum(tensor.numel() * tensor.element_size() for _, tensor in room)
