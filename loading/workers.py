@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-MAX_THREADS = 4
+MAX_THREADS = 8  # more do not find more bandwidth
 _TO_BEGIN = 1.0  # seconds
 
 Watch = Callable[[int], None]
