@@ -19,7 +19,7 @@ from typing import Any
 from . import harness, works
 
 SIZES = {  # device: blocks a batch, tokens a block, steps, rounds, learning rate
-    "cpu": {"batch": 2, "length": 128, "steps": 40, "rounds": 2, "rate": 1e-4},
+    "cpu": {"batch": 2, "length": 128, "steps": 32, "rounds": 2, "rate": 1e-4},
     "cuda": {"batch": 8, "length": 1024, "steps": 120, "rounds": 3, "rate": 1e-4},
 }
 QUICK = {"batch": 2, "length": 32, "steps": 3, "rounds": 1, "rate": 1e-3}

@@ -29,7 +29,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(os.environ.get("LOADSTONE_BENCH_RESULTS") or ROOT / "benchmarks" / "results")
-PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "triton", "bitsandbytes", "peft")
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "triton", "bitsandbytes", "peft",
+            "fastsafetensors", "runai-model-streamer")  # fmt: skip
 _POPULATE_WRITE = 23  # Linux 5.14
 Measure = Callable[[str, dict[str, Any]], dict[str, Any]]
 

@@ -19,7 +19,8 @@ import torch
 
 HUGE = 2 << 20
 POPULATE_READ, POPULATE_WRITE = 22, 23  # Linux 5.14
-TRIES = [(1, 4 << 20), (2, 4 << 20), (2, 16 << 20)]  # threads and bytes of a piece
+CORES = len(os.sched_getaffinity(0))
+TRIES = [(1, 4 << 20), (min(8, CORES), 4 << 20), (min(16, CORES), 16 << 20)]  # threads and bytes of a piece
 
 
 def fresh(size: int) -> mmap.mmap:

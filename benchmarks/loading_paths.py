@@ -114,7 +114,10 @@ def derive(rows: list[dict[str, Any]], work: dict[str, Any]) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """All rows."""
-    torch = importlib.import_module("torch")
+    from . import side_by_side
+
+    place = side_by_side.device()
+    result = side_by_side.result_name("loading_paths", place)
     absent = harness.missing(PEERS)
     for text in absent.values():
         print(text, flush=True)
@@ -128,9 +131,9 @@ def run(arguments: argparse.Namespace) -> None:
         work = {**spec, "path": str(path), "tiny": tiny, "bytes": _weights_bytes(path)}
         if arguments.quick:
             work |= {"stored": "bfloat16", "dtype": "float32"}
-        if torch.cuda.is_available():
+        if place.type == "cuda":
             work["ways"] = [*work["ways"], *GPU_WAYS]
-        peers = there if name == next(iter(ROWS)) or torch.cuda.is_available() else [p for p in there if p in BOTH]
+        peers = there if name == next(iter(ROWS)) or place.type == "cuda" else [p for p in there if p in BOTH]
         sides = ["loadstone", *peers, "limit"]
         found = harness.race_all(__spec__.name, name, work, rounds=arguments.rounds, sides=sides, uncounted=0)
         derive(found, work)
@@ -138,9 +141,9 @@ def run(arguments: argparse.Namespace) -> None:
             row["work"] = {key: value for key, value in work.items() if key not in ("path", "tiny")}
             _print(row)
         rows += found
-        about = {"ceilings": limits.ceilings(), "missing": absent}
-        harness.save("loading_paths", rows, merge=bool(arguments.only), about=about)  # a run may be cut off
-    harness.write("loading_paths", rows, merge=bool(arguments.only), about=about, chart=chart)
+        about = side_by_side.about(place, limits.ceilings(), absent)
+        harness.save(result, rows, merge=bool(arguments.only), about=about)  # a run may be cut off
+    harness.write(result, rows, merge=bool(arguments.only), about=about, chart=chart)
 
 
 def chart(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -44,7 +44,7 @@ def section() -> str:
 
 def _paths_section() -> list[str]:
     """Every way of loading against its limit and other loaders: nothing if it has not been measured."""
-    file = RESULTS / "loading_paths.json"
+    file = RESULTS / "loading_paths_cpu.json"
     if not file.exists():
         return []
     result = json.loads(file.read_text())

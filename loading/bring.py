@@ -28,7 +28,7 @@ def bring(moves: Sequence[Move], files: Files, watch: Watch | None) -> Streamed:
 
     tensors: dict[str, torch.Tensor] = {}
     mapped = copied = quantized = 0
-    on_cpu = []
+    room: list[tuple[Move, torch.Tensor]] = []
     for move in moves:
         values = move.entry.values
         assert values is not None
@@ -37,29 +37,20 @@ def bring(moves: Sequence[Move], files: Files, watch: Watch | None) -> Streamed:
             mapped += values.stored
         elif move.transform == "quantize":
             assert move.packing is not None
-            whole = assemble(move, files, move.packing.recipe.dtype)
+            whole = torch.empty(move.entry.shape, dtype=move.packing.recipe.dtype, device=move.device)
+            _fill([(move, whole)], files, watch)
             tensors.update(make_codes(move, whole))
             quantized += values.stored
         elif move.transform != "none":
             copied += values.stored
-            if move.device.type == "cpu":
-                on_cpu.append(move)
-                continue
-            tensors[move.target] = assemble(move, files, move.dtype)
-        if watch is not None and move.transform in ("cast", "copy", "quantize"):
-            watch(move.entry.nbytes)
-    if on_cpu:
-        tensors.update(_fill(on_cpu, files, watch))
+            if move.device.type != "cpu":
+                room.append((move, torch.empty(move.entry.shape, dtype=move.dtype, device=move.device)))
+    on_cpu = [move for move in moves if move.transform in ("cast", "copy") and move.device.type == "cpu"]
+    fresh = allocate([(move.entry.shape, move.dtype) for move in on_cpu])
+    room += zip(on_cpu, fresh, strict=True)
+    _fill(room, files, watch)
+    tensors.update((move.target, tensor) for move, tensor in room)
     return Streamed(tensors, {}, mapped, copied, quantized)
-
-
-def assemble(move: Move, files: Files, dtype: torch.dtype) -> torch.Tensor:
-    """The whole tensor on the move's device in ``dtype``, made in pieces."""
-    whole = torch.empty(move.entry.shape, dtype=dtype, device=move.device)
-    flat = whole.view(-1)
-    for begin, end in pieces_of(move, dtype.itemsize):
-        flat[begin:end].copy_(files.flat(move.entry, begin, end))
-    return whole
 
 
 def pieces_of(move: Move, itemsize: int) -> Iterator[tuple[int, int]]:
@@ -89,26 +80,26 @@ def equal(one: Move, other: Move, files: Files) -> bool:
     return True
 
 
-def _fill(moves: Sequence[Move], files: Files, watch: Watch | None) -> dict[str, torch.Tensor]:
-    """Fresh CPU tensors, filled in pieces by a few threads."""
+def _fill(room: Sequence[tuple[Move, torch.Tensor]], files: Files, watch: Watch | None) -> None:
+    """Bring the values of moves into contiguous tensors on their devices, in pieces, by a few threads."""
     from .workers import one_thread_each, run_all, threads_for
 
-    fresh = allocate([(move.entry.shape, move.dtype) for move in moves])
     populate = Populator()
 
     def jobs() -> Iterator[tuple[Move, torch.Tensor, int, int]]:
-        for move, tensor in zip(moves, fresh, strict=True):
-            for begin, end in pieces_of(move, move.dtype.itemsize):
+        for move, tensor in room:
+            for begin, end in pieces_of(move, tensor.element_size()):
                 yield move, tensor.view(-1), begin, end
 
     def fill(job: tuple[Move, torch.Tensor, int, int]) -> int:
         move, flat, begin, end = job
         target = flat[begin:end]
-        populate(target)
-        target.copy_(files.flat(move.entry, begin, end))
+        if target.device.type == "cpu":
+            populate(target)
+        assert move.entry.values is not None
+        move.entry.values.fill(move.entry, files, begin, target)
         return (end - begin) * move.entry.dtype.itemsize
 
-    work = sum(tensor.nbytes for tensor in fresh)
+    work = sum(tensor.numel() * tensor.element_size() for _, tensor in room)
     with one_thread_each():
         run_all(jobs(), fill, threads=threads_for(-(-work // (64 * _PIECE))), watch=watch, abandon=files.abandon)
-    return {move.target: tensor for move, tensor in zip(moves, fresh, strict=True)}

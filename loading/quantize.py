@@ -21,6 +21,7 @@ from .tree import Tree
 from .workers import Watch, one_thread_each, run_all, threads_for
 
 _WORTH_A_THREAD = 4 << 20  # bytes
+_TOGETHER = 4  # tensors at a time, for the memory that each needs
 
 
 def check_packed(plan: Plan, checkpoint: Checkpoint, *, mapped: bool = True) -> None:
@@ -100,6 +101,6 @@ def quantize_on_cpu(moves: Sequence[Move], tree: Tree, files: Files, watch: Watc
 
     work = sum(move.entry.nbytes for move in moves)
     with one_thread_each():
-        threads = threads_for(min(len(moves), -(-work // _WORTH_A_THREAD)))
+        threads = threads_for(min(_TOGETHER, len(moves), -(-work // _WORTH_A_THREAD)))
         run_all(jobs(), do, threads=threads, watch=watch, abandon=files.abandon)
     return tensors

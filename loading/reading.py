@@ -28,11 +28,11 @@ class Reader:
     """Files of one checkpoint, opened when first read; used by several threads."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
         self._wait = checkpoint.wait
         self._stamps = checkpoint.stamps
-        self._open: dict[Path, int] = {}
         self._asked: dict[Path, int] = {}
-        self._lock = threading.Lock()
 
     def close(self) -> None:
         """Close all files; they are opened again if need be."""
@@ -41,7 +41,8 @@ class Reader:
                 os.close(self._open.popitem()[1])
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "_lock"):  # an interrupt may come anywhere
+            self.close()
 
     def into(self, target: torch.Tensor, file: Path, begin: int) -> None:
         """Fill a contiguous CPU tensor with the file's bytes from ``begin`` on.

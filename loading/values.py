@@ -37,6 +37,10 @@ class Values(ABC):
         """Elements ``begin`` to ``end`` in row-major order, one-dimensional, in the entry's dtype."""
         return flat_part(self.ready(entry, files), begin, end)
 
+    def fill(self, entry: TensorEntry, files: Files, begin: int, target: torch.Tensor) -> None:
+        """Bring the elements from ``begin`` on into a one-dimensional tensor, of any dtype and on any device."""
+        target.copy_(self.part(entry, files, begin, begin + target.numel()))
+
 
 class LooseBytes(Values):
     """A tensor's elements in a row, to be copied: the file does not align them, or another tensor has them too."""
@@ -50,6 +54,12 @@ class LooseBytes(Values):
     def part(self, entry: TensorEntry, files: Files, begin: int, end: int) -> torch.Tensor:
         size = entry.dtype.itemsize
         return _read(entry, files, self.begin + begin * size, (end - begin) * size)
+
+    def fill(self, entry: TensorEntry, files: Files, begin: int, target: torch.Tensor) -> None:
+        if target.dtype == entry.dtype and target.device.type == "cpu":
+            files.reader.into(target, entry.file, self.begin + begin * entry.dtype.itemsize)
+        else:
+            super().fill(entry, files, begin, target)
 
 
 class StridedBytes(Values):

@@ -35,26 +35,25 @@ def given_segments(packing: Mapping[str, Any], batch: int, length: int, device: 
     if ends is None:
         assert numbers is not None
         return _by_number(numbers.to(device), length)
-    ends = _checked_ends(ends, length)
-    if of_keys is not None and of_keys is not packing["cu_seq_lens_q"] and not torch.equal(ends, of_keys.to(ends)):
-        raise ArgumentError("cu_seq_lens_k differs from cu_seq_lens_q; queries and keys of one forward are the same")
+    _check_ends(ends, ends if of_keys is None else of_keys, length)
     places = torch.arange(length, device=device)
     return torch.searchsorted(ends.to(device=device, dtype=places.dtype).contiguous(), places, right=True)[None]
 
 
-def _checked_ends(ends: Tensor, length: int) -> Tensor:
+def _check_ends(ends: Tensor, of_keys: Tensor, length: int) -> None:
     if ends.dim() != 1 or ends.shape[0] < 2 or ends.is_floating_point():
         raise ArgumentError(
             f"cu_seq_lens_q must be (sequences + 1,) whole numbers, got {tuple(ends.shape)} of {ends.dtype}"
         )
-    if not torch.compiler.is_compiling():
-        values = ends.tolist()
-        rising = all(before <= after for before, after in pairwise(values))
-        if values[0] != 0 or values[-1] != length or not rising:
-            raise ArgumentError(
-                f"cu_seq_lens_q must rise from 0 to the {length} tokens of the row, got {values[:4]} to {values[-1]}"
-            )
-    return ends
+    if torch.compiler.is_compiling():  # which cannot look at values
+        return
+    values = ends.tolist()
+    if values[0] != 0 or values[-1] != length or any(after < before for before, after in pairwise(values)):
+        raise ArgumentError(
+            f"cu_seq_lens_q must rise from 0 to the {length} tokens of the row, got {values[:4]} to {values[-1]}"
+        )
+    if of_keys is not ends and of_keys.tolist() != values:
+        raise ArgumentError("cu_seq_lens_k differs from cu_seq_lens_q; queries and keys of one forward are the same")
 
 
 def _by_number(numbers: Tensor, length: int) -> Tensor:

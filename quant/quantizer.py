@@ -47,6 +47,10 @@ class Quantizer(ABC):
     """Whether floating-point checkpoints can be quantized while loading; if not, only packed ones are read."""
     bits: ClassVar[int | None] = None
     """4 or 8 sets ``model.is_loaded_in_4bit`` or ``is_loaded_in_8bit``."""
+    is_trainable: ClassVar[bool] = True
+    """Whether gradients pass through packed layers to adapters and to what comes before: transformers' Trainer asks."""
+    is_qat_trainable: ClassVar[bool] = False
+    """Whether the codes themselves are trained, as it asks too."""
 
     def __init__(self, config: Any, pre_quantized: bool = False) -> None:
         self.config = config

@@ -182,7 +182,14 @@ def test_all_operations_with_kernels_are_raced() -> None:
     from loadstone import kernels
 
     raced = {name.split()[0] for name in module("ops_cases").BY_NAME}
-    elsewhere = {"flash_attention", "cross_entropy", "dequantize_4bit", "linear_4bit", "linear_int8"}
+    elsewhere = {
+        "flash_attention",
+        "cross_entropy",
+        "dequantize_4bit",
+        "dequantize_absmax",
+        "linear_4bit",
+        "linear_int8",
+    }
     assert set(kernels.operations()) - raced <= elsewhere  # attention.py, quantization.py
 
 
@@ -474,7 +481,7 @@ def test_ways_against_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "ratio" not in rows[0]["mapped, MB"]
     paths.chart(tmp_path / "chart.png", rows)
     assert (tmp_path / "chart.png").stat().st_size > 5_000
-    (tmp_path / "loading_paths.json").write_text(json.dumps({"rows": rows, "missing": {"fastsafetensors": "why"}}))
+    (tmp_path / "loading_paths_cpu.json").write_text(json.dumps({"rows": rows, "missing": {"fastsafetensors": "why"}}))
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     lines = table._paths_section()
     assert "Not installed, and not measured: fastsafetensors." in lines[1]
@@ -597,7 +604,7 @@ def test_a_quick_run_of_the_ways_of_loading(tmp_path: Path) -> None:
     arguments = ("--quick", "--rounds", "1", "--only", "fp32")
     out = run("loading_paths", tmp_path, *arguments, without=absent)
     assert "fastsafetensors is not installed" in out
-    result = json.loads((tmp_path / "loading_paths.json").read_text())
+    result = json.loads((tmp_path / "loading_paths_cpu.json").read_text())
     assert {"date", "commit", "versions", "machine", "ceilings"} <= set(result)
     assert set(result["missing"]) == set(absent[:3])
     assert [row["peer"] for row in result["rows"]] == ["safetensors", "limit"]

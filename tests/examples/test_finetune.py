@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from examples.script import load
 
+from examples.script import load
 from loadstone import AutoModelForCausalLM
 from loadstone.cli.place import DEMO
 from loadstone.cli.rhymes import RHYMES

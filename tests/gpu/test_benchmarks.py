@@ -49,6 +49,20 @@ def test_quick_runs(name: str, arguments: tuple[str, ...], tmp_path: Path) -> No
         assert all(row["decode in a CUDA graph, tokens/s"] for row in result["rows"] if row["work"]["bits"] == 4)
 
 
+def test_quick_run_of_the_ways_of_loading(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.loading_paths", "--quick", "--rounds", "1", "--only", "fp32"],
+        cwd=ROOT, env={**os.environ, "LOADSTONE_BENCH_RESULTS": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(next(tmp_path.glob("loading_paths_*.json")).read_text())
+    assert result["gpu"]["name"] == torch.cuda.get_device_name()
+    targets = result["rows"][-1]["targets"]
+    for way in ("GPU", "GPU, cast", "cold, GPU"):
+        assert targets[f"{way}, times the limit"]["found"] > 0
+        assert all(row[f"{way}, MB on the device"]["loadstone"] > 0 for row in result["rows"])
+
+
 @pytest.mark.parametrize("kernel", ["flash_forward", "flash_backward_keys", "flash_decode", "norm_forward", "gate"])
 def test_a_search_ends_with_sizes_that_run(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOADSTONE_CACHE", str(tmp_path))

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from loadstone import AutoConfig, AutoModelForCausalLM
+from loadstone import AutoConfig, AutoModelForCausalLM, convert_checkpoint
 from loadstone.errors import NotFoundError, OfflineError, UnsafeFormatError
 
 
@@ -47,3 +47,22 @@ def test_a_repository_of_pickles(hub: Any, tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained("org/old")
     loaded = AutoModelForCausalLM.from_pretrained("org/old", use_safetensors=False, strict=True)
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_converting_from_the_hub(hub: Any, tmp_path: Path) -> None:
+    """Shards that are still to be downloaded, and pickles."""
+    model = tiny.checkpoint(tmp_path / "one", "llama")
+    model.save_pretrained(tmp_path / "many", max_shard_size="30KB")
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    config = (tmp_path / "one" / "config.json").read_bytes()
+    hub.repo("org/many", {file.name: file.read_bytes() for file in (tmp_path / "many").iterdir()})
+    hub.repo("org/old", {"config.json": config, "pytorch_model.bin": buffer.getvalue(), "vocab.json": b"{}"})
+    for name in ("org/many", "org/old"):
+        made = convert_checkpoint(name, tmp_path / name, dtype="bfloat16")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, strict=True)
+        assert loaded.dtype == torch.bfloat16
+        assert all(torch.equal(loaded.state_dict()[n], t.bfloat16()) for n, t in model.state_dict().items())
+        shards = list((tmp_path / "many").glob("*.safetensors"))
+        assert len(made.source_files) == (1 if name == "org/old" else len(shards))
+    assert (tmp_path / "org" / "old" / "vocab.json").read_bytes() == b"{}"

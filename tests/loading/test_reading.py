@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -321,6 +323,22 @@ def test_an_interrupt_leaves_model_and_threads_as_they_were(tmp_path: Path, wher
     assert not load_threads()
     load_into(model, toy.opened(tmp_path), disable_mmap=disable_mmap)
     assert torch.equal(model.t7, tensors["t7"].bfloat16())
+
+
+@linux
+def test_signals_at_any_moment(tmp_path: Path) -> None:
+    """Real ones, in another process: each model is whole or as it was, and no thread is left."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("interrupt_driver.py")), str(tmp_path)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["counts"].keys() == {"mapped", "read", "ring"}
+    for way, counts in found["counts"].items():
+        assert counts.keys() <= {"loaded", "interrupted", "outside"}, way
+        assert counts.get("interrupted", 0) + counts.get("outside", 0) > 0, way
+    assert found["torch threads"] == torch.get_num_threads()
 
 
 @linux

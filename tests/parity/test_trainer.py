@@ -347,3 +347,77 @@ def test_our_adapters_train_and_save(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(ids).logits, model.eval()(ids).logits)
         assert not torch.allclose(again(ids).logits, tiny.model("llama")(ids).logits, atol=1e-3)
+
+
+def test_adapters_over_four_bits(tmp_path: Path) -> None:
+    """QLoRA under the Trainer: PEFT's adapters and ours learn the same over codes that stay; PEFT's resume."""
+    from loadstone import BitsAndBytesConfig, LoraConfig
+
+    peft = pytest.importorskip("peft")
+    tiny.model("llama", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "base")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    steps = {"save_strategy": "steps", "save_steps": 3, "gradient_checkpointing": True}
+
+    def adapted(wrapper: str) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=nf4, device_map="cpu")
+        if wrapper == "ours":
+            model.add_adapter(LoraConfig(**lora))
+        else:
+            model = peft.get_peft_model(model, peft.LoraConfig(**lora, task_type="CAUSAL_LM"))
+        draw = torch.Generator().manual_seed(2)
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name:
+                parameter.data = torch.randn(parameter.shape, generator=draw) * 0.1
+        return model
+
+    curves = {}
+    for wrapper in ("ours", "peft"):
+        model = adapted(wrapper)
+        codes = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+        run = trainer(model, tmp_path / wrapper, **steps)
+        run.train()
+        after = dict(model.named_parameters())
+        assert all(torch.equal(after[name], value) for name, value in codes.items())
+        assert (tmp_path / wrapper / "checkpoint-6" / "adapter_model.safetensors").exists()
+        curves[wrapper] = losses(run)
+    assert len(set(curves["ours"])) == 6
+    assert curves["ours"] == pytest.approx(curves["peft"], rel=1e-5)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=nf4, device_map="cpu")
+    with pytest.raises(ValueError, match="attach trainable adapters"):
+        trainer(plain, tmp_path / "plain")
+    again = trainer(adapted("peft"), tmp_path / "again", **steps)
+    again.train(resume_from_checkpoint=str(tmp_path / "peft" / "checkpoint-3"))
+    assert losses(again)[-3:] == curves["peft"][-3:]
+
+
+def test_compiled(tmp_path: Path) -> None:
+    """`torch_compile=True` sees through the class that `isinstance` sees, and gives the same losses."""
+    curves = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        torch._dynamo.reset()
+        run = trainer(pair("llama")[0], tmp_path, max_steps=3, **options)
+        run.train()
+        curves.append(losses(run))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    torch._dynamo.reset()
+
+
+def test_packed_rows_compile_whole() -> None:
+    torch._dynamo.reset()
+    model = pair("llama")[0].train()
+    batch = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)([Rows()[i] for i in range(3)])
+    want = model(**batch, use_cache=False).loss
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**batch, use_cache=False).loss, want)
+    torch._dynamo.reset()
+
+
+def test_seeds_reproduce(tmp_path: Path) -> None:
+    """With dropout: the same seed gives the same losses, another gives others."""
+    curves = []
+    for seed in (5, 5, 6):
+        run = trainer(tiny.model("gpt2"), tmp_path, max_steps=3, seed=seed, data_seed=1)
+        run.train()
+        curves.append(losses(run))
+    assert curves[0] == curves[1] != curves[2]
