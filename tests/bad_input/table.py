@@ -85,7 +85,7 @@ def _injected() -> str:
     total = result["total"]
     return (
         f"{total['injected']} faults: {counts['kill']} times kill -9 and {counts['full']} times a full disk, each at\n"
-        f"another step of a save; {counts['Hub']} wrong answers of the Hub. Lost, mixed or left behind: {total['lost']}.\n"
+        f"another step of a save; {counts['Hub']} wrong answers of the Hub. Lost, mixed or left: {total['lost']}.\n"
         f"Commit {result['commit']}, {result['date'][:10]}.\n"
     )
 
