@@ -18,15 +18,15 @@ _UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u20
 class LoadstoneError(Exception):
     """Base of all errors below. What would act on a terminal, or cannot be printed, is escaped in the message."""
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*(_printable(one) if isinstance(one, str) else one for one in args))
+    def __str__(self) -> str:  # not in __init__, which compiled code that raises could not be traced through
+        return _printable(super().__str__())
 
 
 class CheckpointError(LoadstoneError, OSError, ValueError):
     """A checkpoint cannot be read or written."""
 
     def __str__(self) -> str:  # OSError would print a tuple for several arguments
-        return str(self.args[0]) if self.args else ""
+        return _printable(str(self.args[0])) if self.args else ""
 
 
 class FormatError(CheckpointError):
@@ -76,7 +76,7 @@ class HubError(LoadstoneError, OSError):
     """The Hub, or its local cache, did not give what was asked for."""
 
     def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
+        return _printable(str(self.args[0])) if self.args else ""
 
 
 class NotFoundError(HubError, FileNotFoundError):

@@ -26,6 +26,7 @@ ALIGNMENT = 64
 PAGE = mmap.PAGESIZE
 _HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)
 NOHUGEPAGE = getattr(mmap, "MADV_NOHUGEPAGE", 15)
+WILLNEED = getattr(mmap, "MADV_WILLNEED", 3)
 DONTNEED = getattr(mmap, "MADV_DONTNEED", 4)
 POPULATE_READ, POPULATE_WRITE = 22, 23  # Linux 5.14; unknown to Python's mmap
 FAULT = (errno.EFAULT, 133)  # what POPULATE_READ says of pages whose touch would be a SIGBUS; 133 is EHWPOISON
@@ -64,16 +65,19 @@ def advise(tensor: torch.Tensor, advice: int, *, inside: bool) -> int:
     Other threads run meanwhile. Returns the system's error number, 0 if there is none; it can mostly be ignored, as
     advice changes no result.
     """
-    call = _madvise()
-    if call is None:
-        return 0
     start = tensor.data_ptr()
     end = start + tensor.nbytes
     if inside:
         start, end = -(-start // PAGE) * PAGE, end // PAGE * PAGE
     else:
         start = start // PAGE * PAGE
-    if end > start and call(start, end - start, advice):
+    return advise_range(start, end, advice)
+
+
+def advise_range(start: int, end: int, advice: int) -> int:
+    """madvise the pages from one address to another, both at the border of a page; as `advise`."""
+    call = _madvise()
+    if call is not None and end > start and call(start, end - start, advice):
         return ctypes.get_errno()
     return 0
 

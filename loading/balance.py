@@ -188,7 +188,10 @@ def _filled(parts: Sequence[Atom], places: Sequence[Place], limits: Sequence[int
 
 
 def _with_offload(parts: Sequence[Atom], rooms: Mapping[torch.device, int], limits: Budget, tree: Tree) -> Shares:
-    """As much as fits on accelerators, with room for what visits the first of them; the rest on the CPU, then disk."""
+    """As much as fits on accelerators, with room for what visits the first of them; the rest on the CPU, then disk.
+
+    Embeddings come last: where they are offloaded they are looked up, and only rows travel.
+    """
     shortfalls: list[Shortfall] = []
     free: dict[Place, int] = {device: room for device, room in rooms.items()}  # noqa: C416
     ahead, reserved = True, 0
@@ -204,17 +207,18 @@ def _with_offload(parts: Sequence[Atom], rooms: Mapping[torch.device, int], limi
     disk_need = 0
     places = list(free)
     table: dict[str, Place] = {}
-    number = 0
-    for part in parts:
-        while number < len(places) and part.nbytes > free[places[number]]:
-            number += 1
-        if number < len(places):
-            free[places[number]] -= part.nbytes
-            place: Place = places[number]
+    first = 0
+    for part in sorted(parts, key=lambda part: part.nbytes > 0 and not part.visits):
+        found = [number for number in range(first, len(places)) if part.nbytes <= free[places[number]]]
+        if found and part.visits and places[found[0]] != CPU:
+            first = found[0]  # the next blocks do not go back to an accelerator that was full
+        place: Place = places[found[0]] if found else DISK
+        if found:
+            free[place] -= part.nbytes
         else:
-            place = DISK
             disk_need += part.nbytes
         table.update(dict.fromkeys(part.names, place))
+    table = {name: table[name] for part in parts for name in part.names}
     if limits.disk is not None and disk_need > limits.disk:
         shortfalls.append(Shortfall(DISK, disk_need, limits.disk, "weights that fit nowhere else"))
     return Shares(collapse(table, tree), ahead, reserved, tuple(shortfalls))

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 
-from .arena import DONTNEED, PAGE, advise
+from .arena import DONTNEED, PAGE, WILLNEED, advise_range
 
 # The system else refuses a writable mapping larger than its memory, as if all of it might be written to. Python has
 # had the name since 3.13; on other processors than these the number differs, and they do without.
@@ -78,17 +78,39 @@ def give_back(tensors: Iterable[torch.Tensor]) -> int:
     pages = _pagemap()
     if pages < 0:
         return 0
-    for tensor in tensors:
-        first = -(-tensor.data_ptr() // PAGE)
-        count = (tensor.data_ptr() + tensor.nbytes) // PAGE - first
-        if count > 0 and _clean(pages, first, count):
-            advise(tensor, DONTNEED, inside=True)
-            looked += count * PAGE
+    for run in _runs([(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors if tensor.nbytes]):
+        whole = (run[0][0], run[-1][1])
+        # Neighbours in a file are looked at together; if any was written to, one by one.
+        clean = [whole] if _clean(pages, whole) else [part for part in run if len(run) > 1 and _clean(pages, part)]
+        for begin, end in clean:
+            advise_range(-(-begin // PAGE) * PAGE, end // PAGE * PAGE, DONTNEED)
+            looked += end - begin
     return looked
 
 
-def _clean(pages: int, first: int, count: int) -> bool:
+def ask_for(tensors: Iterable[torch.Tensor]) -> None:
+    """Let the system begin to read the pages under mapped tensors that are not in its memory."""
+    for run in _runs([(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors if tensor.nbytes]):
+        advise_range(run[0][0] // PAGE * PAGE, -(-run[-1][1] // PAGE) * PAGE, WILLNEED)
+
+
+def _runs(ranges: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Ranges of addresses, those together that leave less than a page between them."""
+    runs: list[list[tuple[int, int]]] = []
+    for begin, end in sorted(set(ranges)):
+        if runs and begin - runs[-1][-1][1] < PAGE:
+            runs[-1].append((begin, end))
+        else:
+            runs.append([(begin, end)])
+    return runs
+
+
+def _clean(pages: int, within: tuple[int, int]) -> bool:
     """Whether all pages in memory are the file's own: none was copied for writing, none swapped out."""
+    first = -(-within[0] // PAGE)
+    count = within[1] // PAGE - first
+    if count <= 0:
+        return False
     try:
         raw = os.pread(pages, count * _ENTRY, first * _ENTRY)
     except OSError:

@@ -7,7 +7,7 @@ weights themselves. Only while its forward runs do copies on the device stand in
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .courier import Courier, Parcel
-from .disk import give_back
+from .disk import ask_for, give_back
 from .placement import ON_DISK
 
 
@@ -114,6 +114,8 @@ class Guest:
                 yield module
 
     def _bring(self) -> None:
+        if self.device.type == "cpu" and self.after is not None:
+            ask_for(self._on_disk(self.after._owners()))
         seats = list(self.seats())
         frozen = [seat for seat in seats if not seat.home.requires_grad]
         arrived = dict(zip(map(_key, frozen), self._copies(frozen), strict=True)) if frozen else {}
@@ -153,10 +155,12 @@ class Guest:
         if came and self.courier is not None:
             self.courier.departed()
         if self.device.type == "cpu":
-            give_back(tensor for tensor in self._on_disk() if not tensor.requires_grad)
+            owners = (*self._owners(), *self.readers)
+            give_back(tensor for tensor in self._on_disk(owners) if not tensor.requires_grad)
 
-    def _on_disk(self) -> Iterator[Tensor]:
-        for owner in (*self._owners(), *self.readers):
+    @staticmethod
+    def _on_disk(owners: Iterable[nn.Module]) -> Iterator[Tensor]:
+        for owner in owners:
             for name in vars(owner).get(ON_DISK, ()):
                 tensor = owner._parameters.get(name, owner._buffers.get(name))
                 if tensor is not None and tensor.device.type == "cpu" and tensor.is_contiguous():

@@ -178,6 +178,17 @@ def test_room_is_left_for_two_visiting_blocks_or_one() -> None:
     assert short.needed == 4 * 10**9
 
 
+def test_embeddings_make_room_for_blocks_that_would_visit() -> None:
+    placement = share("auto", {0: "16GiB", "cpu": "64GiB"})
+    assert str(placement.find("embed")) == "cpu"
+    assert str(placement.find("layers.0")) == "cuda:0"
+    tied = share("auto", {0: "16GiB", "cpu": "64GiB"}, ties={"head.weight": "embed.weight"})  # the head would visit
+    assert str(tied.find("embed")) == str(tied.find("head")) == "cuda:0"
+    small = share("sequential", {0: "9GiB", 1: "3GiB", "cpu": "64GiB"})  # a block fits neither, what is smaller does
+    assert str(small.find("layers.3")) == "cpu"
+    assert str(small.find("head")) == "cuda:0"
+
+
 @pytest.mark.parametrize("kind", ["auto", "balanced", "sequential"])
 def test_a_model_that_just_fits_is_not_offloaded(kind: str) -> None:
     """accelerate keeps a layer's room free for offloading that never happens; half the model on each of two fits."""
