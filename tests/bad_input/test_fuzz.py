@@ -34,7 +34,7 @@ def test_a_short_run_finds_nothing(tmp_path: Path) -> None:
         assert row["inputs"] == row["accepted"] + row["refused"] >= 80
         assert row["accepted"] >= 1
         assert row["corpus"] > len(TARGETS[row["row"]].seeds())
-        assert row["arcs"] > 100
+        assert row["arcs"] > 80
 
 
 @pytest.mark.parametrize("bug", ["raw error", "wrong weights", "file changed", "opened elsewhere"])
