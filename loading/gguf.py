@@ -83,9 +83,9 @@ def decode(octets: torch.Tensor, kind: Kind) -> torch.Tensor:
 
     Raises MissingDependencyError without the package gguf, FormatError for a kind that it cannot decode.
     """
-    import numpy
-
     quants = _package()
+    import numpy  # gguf needs it too
+
     name = getattr(quants.GGMLQuantizationType, kind.name, None)
     try:
         if name is None:
