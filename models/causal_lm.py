@@ -25,7 +25,7 @@ from .cache import one_spelling
 from .configuration import PreTrainedConfig
 from .custom_code import check_auto_class
 from .freezing import set_trainable
-from .head import why_not_fused
+from .head import fused_loss, why_not_fused
 from .outputs import CausalLMOutputWithPast, keep_positions
 from .packing import PACKING
 from .parallel import across_ranks
@@ -193,8 +193,7 @@ class CausalLM(AdapterMethods, nn.Module):
         hidden_states = keep_positions(outputs.last_hidden_state, logits_to_keep)
         loss = logits = None
         if fused:
-            weight: Any = self.lm_head.weight
-            loss = kernels.linear_cross_entropy(hidden_states, weight, labels, kernels=self.kernels, **loss_kwargs)
+            loss = fused_loss(self.lm_head, hidden_states, labels, kernels=self.kernels, **loss_kwargs)
         else:
             logits = self.lm_head(hidden_states)
             if has_labels:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
+
+from .. import kernels as operations
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -10,8 +14,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def why_not_fused(head: nn.Module) -> str | None:
     """Why calling ``head`` may be something else than a product with ``head.weight``, None if it is that.
 
-    Adapters and quantised heads replace the forward or the weight, device maps and sharding hang hooks on the module.
+    Adapters and quantised heads replace the forward or the weight, device maps hang hooks on the module. A head that is
+    shared out over ranks has a ``fused_loss`` of its own.
     """
+    if callable(getattr(head, "fused_loss", None)):
+        return None
     name = type(head).__name__
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
         return f"lm_head is a {name} with a forward of its own"
@@ -24,3 +31,11 @@ def why_not_fused(head: nn.Module) -> str | None:
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
         return f"the weight of lm_head is a {type(weight).__name__} of {weight.dtype}"
     return None
+
+
+def fused_loss(head: Any, hidden_states: Tensor, labels: Tensor | None, *, kernels: Any, **options: Any) -> Tensor:
+    """The loss of a head for which `why_not_fused` has no reason, without its logits; see `linear_cross_entropy`."""
+    own = getattr(head, "fused_loss", None)
+    if own is not None:
+        return own(hidden_states, labels, **options)
+    return operations.linear_cross_entropy(hidden_states, head.weight, labels, kernels=kernels, **options)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import ParallelError
+from ..kernels.vocab_parallel import vocab_parallel_cross_entropy
 from ..quant.packed import holds_in_out
 from .parallel_plan import Style
 
@@ -90,6 +91,8 @@ def parallelize_forwards(model: nn.Module, styles: Mapping[str, Style], group: A
         else:
             copied = any(name.startswith(prefix) for prefix in shared)
             made = _colwise(module, plain, group, style, copied)
+            if style.name == "colwise_gather_output" and getattr(module, "bias", None) is None:
+                module.fused_loss = partial(_head_loss, module, group)
         module.forward = wraps(plain)(made)
 
 
@@ -150,6 +153,13 @@ def _colwise(module: nn.Module, plain: Forward, group: Any, style: Style, copied
         return _Gather.apply(output, group) if style.name == "colwise_gather_output" else output
 
     return forward
+
+
+def _head_loss(head: nn.Module, group: Any, hidden_states: Tensor, labels: Tensor | None, **options: Any) -> Tensor:
+    """The loss of a head whose rows are shared out, without its logits."""
+    weight = local_part(head, "weight")
+    assert weight is not None
+    return vocab_parallel_cross_entropy(_Copy.apply(hidden_states, group), weight, labels, group=group, **options)
 
 
 def _rowwise(module: nn.Module, plain: Forward, group: Any) -> Forward:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, QuantizationError
+from ..errors import ArgumentError, ParallelError, QuantizationError
 from ..quant.packed import PackedLinear
 
 if TYPE_CHECKING:
@@ -24,6 +24,11 @@ def resize_token_embeddings(
     head: Any = model.get_output_embeddings()
     if new_num_tokens is None and pad_to_multiple_of is None:
         return embedding
+    if model.layout is not None:
+        raise ParallelError(
+            "the vocabulary of a model that is spread over a device mesh cannot be resized; resize it on one process, "
+            "save it, and load that"
+        )
     _check_resizable(embedding, "token embedding", nn.Embedding)
     _check_resizable(head, "head", nn.Linear)
     size = _size(new_num_tokens, pad_to_multiple_of, embedding.weight.shape[0])

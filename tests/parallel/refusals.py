@@ -68,6 +68,7 @@ def seen(rank: int, place: Path, odd: Path, other: Path, adapter: Path) -> dict[
     model = AutoModelForCausalLM.from_pretrained(place, device_mesh=fsdp)
     for name, call in {
         "add_adapter": lambda: model.add_adapter(LoraConfig(target_modules=["q_proj"])),
+        "resize": lambda: model.resize_token_embeddings(128),
         "push": lambda: model.push_to_hub("a/b"),
         "saving to a file": lambda: model.save_pretrained(place / "config.json"),
     }.items():

@@ -71,7 +71,9 @@ def train(model: Any, steps: int, share: int = 0, shares: int = 1) -> dict[str, 
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         batch = tokens(step, model.config.vocab_size).chunk(shares)[share]
-        loss = model(batch, labels=batch, use_cache=False).loss
+        outputs = model(batch, labels=batch, use_cache=False)
+        assert outputs.logits is None  # taken without them, on any mesh
+        loss = outputs.loss
         loss.backward()
         losses.append(float(loss.detach()))
         norms.append(float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9))))

@@ -33,6 +33,7 @@ SAYS = {
     "one lacks the directory": "ranks 1 have no directory",
     "one has another checkpoint": "do not agree about the checkpoint",
     "add_adapter": "spread over a device mesh",
+    "resize": "cannot be resized",
     "push": "save_pretrained",
 }
 ON_ONE = {  # the rank it happens to has the error itself, the other is told

@@ -1,0 +1,67 @@
+"""Mixed precision, weights that no file has, torch's own checkpoints, and one download for a node."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from parallel import moments, ranks, steps
+from safetensors.torch import load_file, save_file
+
+
+def test_mixed_precision_and_missing_weights(places: dict[str, Path], tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path, "llama", **steps.SIZES)
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if name != "lm_head.weight"}, file)
+    told = ranks.results(moments.mixed, 2, places["llama"], tmp_path)
+    expected = steps.alone(places["llama"], 3)
+    for rank in told:
+        assert rank["dtype"] == torch.float32
+        assert torch.allclose(torch.tensor(rank["norms"]), torch.tensor(expected["norms"]), rtol=5e-2)
+        assert rank["norms"] != expected["norms"]
+        assert torch.equal(rank["fsdp"], told[0]["tp"])
+        assert rank["missing fsdp"] == rank["missing tp"] == ("lm_head.weight",)
+    weight = told[0]["fsdp"]
+    assert torch.equal(weight, told[1]["fsdp"])
+    assert 0.01 < float(weight.std()) < 0.04
+    assert not torch.equal(weight[:32], weight[32:])
+
+
+def test_torch_checkpoints_go_to_other_numbers_of_processes(places: dict[str, Path], tmp_path: Path) -> None:
+    """Weights and the optimizer's state: the third step is that of the run which saved them."""
+    some = {kind: places[kind] for kind in ("tied", "gpt2")}
+    saved = ranks.results(moments.distributed_checkpoints, 2, some, tmp_path, 2, True)[0]
+    told = ranks.results(moments.distributed_checkpoints, 1, some, tmp_path, 1, False)[0]
+    for kind, weights in saved.items():
+        for name, value in weights.items():
+            assert torch.allclose(told[kind][name], value, atol=1e-6), f"{kind} {name}"
+
+
+def test_one_rank_of_a_node_downloads(tmp_path: Path, places: dict[str, Path]) -> None:
+    spec = importlib.util.spec_from_file_location("hub_of_ranks", Path(__file__).parents[1] / "loading/hub_server.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules["hub_of_ranks"] = module
+    spec.loader.exec_module(module)
+    hub = module.HubServer()
+    try:
+        files = {path.name: path.read_bytes() for path in places["llama"].iterdir()}
+        commit = hub.repo("org/model", files).refs["main"]
+        expected = steps.alone(places["llama"], 0)["before"]
+        for told in ranks.results(moments.downloaded, 2, hub.url, tmp_path / "cache", None):
+            assert told[0] == commit
+            assert all(torch.equal(told[1][name], value) for name, value in expected.items())
+        got = [request.path for request in hub.requests if request.method == "GET" and "resolve" in request.path]
+        assert sorted(got) == sorted(set(got))
+        assert len([path for path in got if path.endswith("model.safetensors")]) == 1
+        failed: list[Any] = ranks.run(moments.downloaded, 2, hub.url, tmp_path / "other", "no-such-branch")
+        assert failed[0].startswith("NotFoundError")
+        assert failed[1].startswith("ParallelError")
+    finally:
+        hub.close()
