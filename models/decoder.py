@@ -63,11 +63,13 @@ class Decoder(nn.Module):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **packing: Any,
     ) -> BaseModelOutputWithPast:
         """See `CausalLM.forward`; returns the final hidden states (batch, seq, hidden_size).
 
-        packing: what collators of packed sequences pass (`packing.PACKING`).
+        return_dict: False for the tuple of the fields that are set. packing: what collators of packed sequences pass
+        (`packing.PACKING`).
         """
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -122,12 +124,13 @@ class Decoder(nn.Module):
         hidden_states = getattr(self, self.norm_name)(hidden_states)
         if output_hidden_states:
             all_hidden_states.append(hidden_states)
-        return BaseModelOutputWithPast(
+        result = BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=cache,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
+        return result.to_tuple() if return_dict is False else result  # type: ignore[return-value]
 
     def _positions(self, inputs_embeds: Tensor, cache: Any) -> tuple[Tensor, int | Tensor]:
         """(1, seq) positions of tokens after what the cache has seen, and the `embed` length."""

@@ -104,3 +104,13 @@ def test_the_cache_by_both_its_names() -> None:
     held = DynamicCache()
     gpt2(ids, cache=held)
     assert held.get_seq_length() == 6
+
+
+def test_the_decoder_alone_returns_a_tuple_too() -> None:
+    """Trainers that fuse the head themselves call it with what wrappers pass to the whole model."""
+    decoder = tiny.model("llama").model
+    ids = torch.arange(5)[None]
+    named, plain = decoder(ids, use_cache=False, return_dict=None), decoder(ids, use_cache=False, return_dict=False)
+    assert isinstance(plain, tuple)
+    assert len(plain) == 1
+    assert torch.equal(plain[0], named.last_hidden_state)

@@ -326,6 +326,35 @@ def test_accelerate_saves_resumes_and_unwraps(tied: bool, accelerator: Any, tmp_
     assert all(torch.equal(v, again.state_dict()[n]) for n, v in loaded.state_dict().items())
 
 
+@pytest.mark.parametrize("wrapper", ["plain", "accelerate", "compile", "deepcopy", "half", "peft"])
+def test_tied_weights_stay_one_under_every_wrapper(wrapper: str, accelerator: Any) -> None:
+    """One parameter, one gradient, one step of the optimizer."""
+    model = tiny.model("gpt2").train()
+    if wrapper == "half":
+        model.to(torch.bfloat16)
+    wrapped = model
+    if wrapper == "accelerate":
+        wrapped = accelerator().prepare(model)
+    elif wrapper == "compile":
+        wrapped = torch.compile(model, backend="eager")
+    elif wrapper == "deepcopy":
+        wrapped = model = copy.deepcopy(model)
+    elif wrapper == "peft":
+        peft = pytest.importorskip("peft")
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM"))
+        model.transformer.wte.requires_grad_(True)
+    ids = torch.arange(9)[None]
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    before = model.lm_head.weight.detach().clone()
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    gradient = model.lm_head.weight.grad.clone()
+    optimizer.step()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert len([p for p in wrapped.parameters() if p is model.lm_head.weight]) == 1
+    torch.testing.assert_close(model.lm_head.weight.detach(), before - 0.1 * gradient, rtol=0.02, atol=1e-3)
+    assert not torch.equal(model.lm_head.weight, before)
+
+
 # Our own adapters under the Trainer
 
 
@@ -411,6 +440,21 @@ def test_packed_rows_compile_whole() -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(**batch, use_cache=False).loss, want)
     torch._dynamo.reset()
+
+
+def test_noise_metrics_and_the_card(tmp_path: Path) -> None:
+    """NEFTune's hook on the embedding, metrics over logits, and the model card."""
+    curves = []
+    for side, model in zip(("ours", "theirs"), pair("llama"), strict=True):
+        run = trainer(model, tmp_path / side, max_steps=3, neftune_noise_alpha=5.0)
+        run.compute_metrics = lambda found: {"right": float((found.predictions == found.label_ids).mean())}
+        run.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
+        run.train()
+        curves.append([*losses(run), run.evaluate()["eval_right"]])
+        run.create_model_card(model_name="tiny")
+        assert "tiny" in (tmp_path / side / "README.md").read_text()
+        assert not model.get_input_embeddings()._forward_hooks
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
 
 
 def test_seeds_reproduce(tmp_path: Path) -> None:

@@ -71,3 +71,29 @@ def test_losses_are_the_peers(option: str, tmp_path: Path) -> None:
     with torch.no_grad():
         ids = torch.arange(9)[None]
         torch.testing.assert_close(saved(ids).logits, saved_by_peer(ids).logits, rtol=2e-2, atol=2e-2)
+
+
+def test_qlora(tmp_path: Path) -> None:
+    """`peft_config=` on a model of 4 bits: the codes stay, the adapter learns and loads."""
+    peft = pytest.importorskip("peft")
+    from loadstone import BitsAndBytesConfig
+
+    tiny.model("llama", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "base")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=nf4, device_map="cpu")
+    codes = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path / "out"), max_steps=4, per_device_train_batch_size=4, logging_steps=1, report_to=[],
+        use_cpu=True, bf16=False, save_strategy="steps", save_steps=4, learning_rate=1e-2, disable_tqdm=True,
+    )  # fmt: skip
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    run = trl.SFTTrainer(
+        model=model, args=arguments, train_dataset=texts(), processing_class=tokenizer(), peft_config=lora
+    )
+    run.train()
+    assert torch.equal(model.model.layers[0].mlp.up_proj.base_layer.weight, codes)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=nf4, device_map="cpu")
+    with torch.no_grad():
+        before = again(torch.arange(9)[None]).logits
+        again.load_adapter(tmp_path / "out" / "checkpoint-4")
+        assert not torch.allclose(again(torch.arange(9)[None]).logits, before, atol=1e-3)
