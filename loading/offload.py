@@ -173,7 +173,8 @@ class Guest:
         """
         if not torch.is_grad_enabled() or not self._swapped:
             return False
-        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+        if top is None or top(False) is not None:
             return False
         homes = {
             copy.untyped_storage()._cdata: seat

@@ -59,7 +59,7 @@ def home_of(place: Any) -> torch.device:
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @given(data=st.data())
-@tiny.examples(8)
+@tiny.examples(5)
 def test_any_map_gives_the_same_logits(checkpoints: Any, kind: str, data: st.DataObject) -> None:
     reference = checkpoints[kind][1]
     spec = {"": data.draw(st.sampled_from(PLACES))}
@@ -92,11 +92,11 @@ def mixed(kind: str) -> list[dict[str, Any]]:
     return [{name.format(LAYERS[kind]): place for name, place in spec.items()} for spec in MIXED]
 
 
-@pytest.mark.parametrize(("kind", "number"), [("llama", 0), ("llama", 3), ("mistral", 1), ("gpt2", 1), ("gpt2", 2)])
+@pytest.mark.parametrize(("kind", "number"), [("llama", 3), ("mistral", 0), ("gpt2", 1)])
 def test_generation(checkpoints: Any, kind: str, number: int) -> None:
     reference, model = checkpoints[kind][1], load(checkpoints, kind, mixed(kind)[number])
-    for options in ({}, {"num_beams": 3}, {"attention_mask": MASK}, {"cache_implementation": "static"}):
-        options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, **options}
+    for options in ({"num_beams": 2, "attention_mask": MASK}, {"cache_implementation": "static"}):
+        options = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, **options}
         wanted = reference.generate(IDS, **options)
         assert torch.equal(model.generate(IDS.to(model.device), **options).cpu(), wanted), options
     cache = StaticCache(model.config, 20)
@@ -218,7 +218,7 @@ def test_automatic_maps_use_what_is_free(checkpoints: Any, monkeypatch: pytest.M
     for share, places in ((2.0, {0}), (0.6, {0, 1}), (0.3, {0, "cpu"})):
         monkeypatch.setitem(accelerator.MEMORY, "free", int(total * share / 0.9))
         limits = None if share > 0.5 else {0: int(total * 0.7), "cpu": "1GB"}
-        for kind in ("auto", "balanced", "sequential"):
+        for kind in ("auto", "sequential"):
             model = load(checkpoints, "llama", kind, max_memory=limits)
             used = {int(str(p)[-1]) if str(p) != "cpu" else "cpu" for p in model.hf_device_map.values()}
             assert used >= places if kind == "sequential" else used & places, (share, kind, model.hf_device_map)

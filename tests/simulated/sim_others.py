@@ -70,7 +70,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("blocks", [(), ("Part",), ("Sequential",)])
 @given(data=st.data())
-@tiny.examples(12)
+@tiny.examples(6)
 def test_any_map_of_a_model_that_declares_nothing(place: Path, blocks: tuple[str, ...], data: st.DataObject) -> None:
     assert accelerator.COUNT == 3
     spec = {"": data.draw(st.sampled_from(PLACES))}
