@@ -76,7 +76,12 @@ class Guest:
         with self._lock:
             self._inside += 1
             if self._inside == 1:
-                self._bring()
+                try:
+                    self._bring()
+                except BaseException:  # no memory there, an interrupt: as if nobody had come
+                    self._inside = 0
+                    self._send_home()
+                    raise
         self._local.__dict__.setdefault("pushed", []).append(self._save_homes())
 
     def leave(self, _module: nn.Module, _args: Any, output: Any) -> None:

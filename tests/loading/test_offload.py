@@ -223,6 +223,29 @@ def storages(node: Any) -> list[int]:
     return found
 
 
+@pytest.mark.parametrize("moment", ["before", "between"])
+def test_without_memory_for_a_visit_nobody_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    tiny.checkpoint(tmp_path, "llama", stored=torch.bfloat16)
+    model, whole = load(tmp_path, dtype=torch.float32), load(tmp_path, "cpu", dtype=torch.float32)
+    real = Guest._copies
+
+    def fail(self: Guest, seats: Any) -> list[torch.Tensor]:
+        found = real(self, seats)
+        if len(seats) > 5:
+            monkeypatch.undo()  # once
+            if moment == "between":
+                return found[:-1]  # fewer than there are seats: an error while they are taken
+            raise MemoryError("none left")
+        return found
+
+    monkeypatch.setattr(Guest, "_copies", fail)
+    with torch.no_grad(), pytest.raises((MemoryError, ValueError)):
+        model(IDS)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, whole(IDS).logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_compiled_model_on_disk_gives_the_same(tmp_path: Path, dtype: torch.dtype) -> None:
     """Compiled in pieces: blocks are, what brings their weights is not."""
