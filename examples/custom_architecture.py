@@ -24,7 +24,7 @@ from loadstone.kernels import AttentionMask, apply_rotary, attention
 from loadstone.loading import resolve_source
 from loadstone.models.decoder import Decoder
 from loadstone.models.layers import Embedding, Linear, RMSNorm
-from loadstone.models.llama import LlamaConfig, LlamaDecoderLayer
+from loadstone.models.llama import LlamaConfig, LlamaDecoderLayer, LlamaForCausalLM
 from loadstone.models.rope import RotaryEmbedding
 from loadstone.models.tokenizer import load_tokenizer
 
@@ -123,6 +123,7 @@ class Qwen2ForCausalLM(CausalLM):
     config_class = Qwen2Config
     _no_split_modules = ["Qwen2Layer"]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = LlamaForCausalLM._tp_plan  # the same modules under the same names
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__(config)

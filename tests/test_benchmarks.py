@@ -636,3 +636,18 @@ def test_a_line_of_the_table_has_both_sides_and_the_spread() -> None:
     row = {"row": "rms_norm", "peer": "eager", "work": {}, "forward, s": ratio, "GB/s": {"loadstone": 1, "eager": 2}}
     assert line(row) == "| rms_norm | eager | forward, s: **2.00** (1.50 to 2.50; 0.5 against 1) |"
     assert line({"row": "x", "peer": "flex", "failed": "why"}) == "| x | flex | why |"
+
+
+def test_bytes_of_the_paper_model_are_those_of_its_collectives() -> None:
+    scaling = module("scaling")
+
+    model = scaling.Model("tiny", 1000.0, 2, 8)
+    assert scaling.fsdp_bytes(1000, 1) == 0
+    assert scaling.fsdp_bytes(1000, 4) == 1000 * 8 * 3 / 4
+    assert scaling.tensor_bytes(model, 5, 2) == 10 * 5 * 8 * 2  # ten sums, of which each rank sends the whole once
+    found = scaling.step(model, scaling.Machine(flops=1e3, within=1e3, beyond=1e2), 16, 2, 5)
+    assert found["step"] == max(found["compute"], found["fsdp"]) + found["tp"]
+    assert found["fsdp"] == scaling.fsdp_bytes(500, 8) / 1e2
+    lines = scaling.paper(16384).splitlines()
+    document = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert sum(line in document for line in lines[2:]) == 7

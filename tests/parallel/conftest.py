@@ -24,6 +24,7 @@ def on_four(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         Case("llama", places["llama"], "fsdp", (4,), save_to=saved / "by_fsdp"),
         Case("llama", places["llama"], "tp", (4,)),
         Case("llama", places["llama"], "fsdp+tp", (2, 2), save_to=saved / "by_both"),
+        Case("llama", places["llama"], "hsdp", (2, 2), steps=3),
         Case("gpt2", places["gpt2"], "fsdp+tp", (2, 2), steps=3, save_to=saved / "gpt2_by_both"),
     ]
     return _run(cases, 4)
@@ -40,6 +41,9 @@ def on_two(places: dict[str, Path], on_four: dict[str, Any], tmp_path_factory: p
         for strategy in ("fsdp", "tp")
     ]
     cases += [Case("llama", places["llama"], strategy, (2,), **few, checkpointing=True) for strategy in ("fsdp", "tp")]
+    for place in ("biased", "qwen2"):
+        cases.append(Case(place, places[place], "tp", (2,), **few, save_to=saved / place))
+    cases.append(Case("llama", places["llama"], "hsdp+tp", (1, 1, 2), **few))
     cases += [Case("llama", places["llama"], "tp", (2,), **few, options={"disable_mmap": True, "dtype": "bfloat16"})]
     for case, _ in on_four.values():
         if case.save_to is not None:

@@ -59,14 +59,17 @@ def _dropped_out(rank: int, place: Path) -> dict[str, Any]:
 # Initialisation, precision
 
 
-def mixed(rank: int, place: Path, headless: Path) -> dict[str, Any]:
+def mixed(rank: int, place: Path, headless: Path, pickled: Path) -> dict[str, Any]:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = _load(place, "fsdp", 2, parallel=ParallelConfig(mixed_precision=policy, reshard_after_forward=False))
     told = {"dtype": model.dtype, **steps.train(model, 3, rank, 2)}
+    held = AutoModelForCausalLM.from_pretrained(place).state_dict()
     torch.manual_seed(rank)
     for strategy in ("fsdp", "tp"):
+        told[f"pickled {strategy}"] = steps.whole_weights(_load(pickled, strategy, 2, use_safetensors=False))
+        told[f"held {strategy}"] = steps.whole_weights(_load(place, strategy, 2, state_dict=held))
         model = _load(headless, strategy, 2)
         told[strategy] = steps.whole(model.lm_head.weight)
         told[f"missing {strategy}"] = model.load_report.missing

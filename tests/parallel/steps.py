@@ -7,10 +7,17 @@ from typing import Any, NamedTuple
 
 import tiny
 import torch
+from examples.script import load
 
 from loadstone import AutoModelForCausalLM
 
-NAMES: dict[str, tuple[str, ...]] = {"fsdp": ("fsdp",), "tp": ("tp",), "fsdp+tp": ("fsdp", "tp")}
+NAMES: dict[str, tuple[str, ...]] = {
+    "fsdp": ("fsdp",),
+    "tp": ("tp",),
+    "fsdp+tp": ("fsdp", "tp"),
+    "hsdp": ("dp_replicate", "dp_shard"),
+    "hsdp+tp": ("replicate", "dp", "tp"),
+}
 BATCH, LENGTH, RATE, STEPS = 4, 12, 1e-2, 10
 SIZES: dict[str, Any] = {"vocab_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 48}
 NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
@@ -94,17 +101,22 @@ def trained(rank: int, cases: list[Case]) -> list[dict[str, Any]]:
 
 
 def one(case: Case) -> dict[str, Any]:
+    if case.kind == "qwen2":
+        load("custom_architecture")
     spread = mesh(case.strategy, case.sizes)
     model = AutoModelForCausalLM.from_pretrained(case.place, device_mesh=spread, **case.options)
     if case.checkpointing:
         model.gradient_checkpointing_enable()
-    shares = case.sizes[0] if "fsdp" in case.strategy else 1
+    data = NAMES[case.strategy][:-1] if "tp" in case.strategy else NAMES[case.strategy]
+    shares, share = 1, 0
+    for dim, size in enumerate(case.sizes[: len(data)]):
+        shares, share = shares * size, share * size + spread.get_local_rank(dim)
     told = {
         "before": whole_weights(model),
         "held": held(model),
         "read": model.load_report.bytes_total,
         "dtype": model.dtype,
-        **train(model, case.steps, spread.get_local_rank(0) if "fsdp" in case.strategy else 0, shares),
+        **train(model, case.steps, share, shares),
     }
     if case.save_to is not None:
         model.save_pretrained(case.save_to, max_shard_size="20KB")
@@ -113,13 +125,20 @@ def one(case: Case) -> dict[str, Any]:
 
 def alone(place: Path, steps: int = STEPS, **options: Any) -> dict[str, Any]:
     """The same with one process."""
+    if place.name == "qwen2":
+        load("custom_architecture")
     model = AutoModelForCausalLM.from_pretrained(place, **options)
     return {"before": whole_weights(model), **train(model, steps)}
 
 
 def checkpoints(directory: Path) -> dict[str, Path]:
-    """A checkpoint of each architecture, and one of a Llama whose head is tied."""
+    """A checkpoint of each architecture, of a Llama whose head is tied, of one with biases, of a class from outside."""
     for kind in tiny.KINDS:
         tiny.checkpoint(directory / kind, kind, **OVERRIDES[kind])
     tiny.checkpoint(directory / "tied", "llama", **SIZES, tie_word_embeddings=True)
-    return {name: directory / name for name in (*tiny.KINDS, "tied")}
+    tiny.checkpoint(directory / "biased", "llama", **SIZES, attention_bias=True, mlp_bias=True)
+    config = load("custom_architecture").Qwen2Config.from_dict({**tiny.values("llama", **SIZES), "model_type": "qwen2"})
+    outside = AutoModelForCausalLM.from_config(config)
+    tiny.randomize(outside)
+    outside.save_pretrained(directory / "qwen2")
+    return {name: directory / name for name in (*tiny.KINDS, "tied", "biased", "qwen2")}

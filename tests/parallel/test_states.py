@@ -12,16 +12,23 @@ from parallel import moments, ranks, steps
 from safetensors.torch import load_file, save_file
 
 
-def test_mixed_precision_and_missing_weights(places: dict[str, Path], tmp_path: Path) -> None:
-    tiny.checkpoint(tmp_path, "llama", **steps.SIZES)
-    file = tmp_path / "model.safetensors"
-    save_file({name: tensor for name, tensor in load_file(file).items() if name != "lm_head.weight"}, file)
-    told = ranks.results(moments.mixed, 2, places["llama"], tmp_path)
+def test_mixed_precision_missing_weights_and_other_sources(places: dict[str, Path], tmp_path: Path) -> None:
+    headless, pickled = tmp_path / "headless", tmp_path / "pickled"
+    tiny.checkpoint(headless, "llama", **steps.SIZES)
+    file = headless / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}, file)
+    pickled.mkdir()
+    (pickled / "config.json").write_text((headless / "config.json").read_text())
+    torch.save(tensors, pickled / "pytorch_model.bin")
+    told = ranks.results(moments.mixed, 2, places["llama"], headless, pickled)
     expected = steps.alone(places["llama"], 3)
     for rank in told:
         assert rank["dtype"] == torch.float32
         assert torch.allclose(torch.tensor(rank["norms"]), torch.tensor(expected["norms"]), rtol=5e-2)
         assert rank["norms"] != expected["norms"]
+        for name in ("pickled fsdp", "pickled tp", "held fsdp", "held tp"):
+            assert all(torch.equal(rank[name][key], value) for key, value in expected["before"].items()), name
         assert torch.equal(rank["fsdp"], told[0]["tp"])
         assert rank["missing fsdp"] == rank["missing tp"] == ("lm_head.weight",)
     weight = told[0]["fsdp"]

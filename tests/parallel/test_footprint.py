@@ -1,0 +1,25 @@
+"""A rank's memory while loading is its share of the model, never the whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+from parallel import footprint, ranks, steps
+
+from loadstone import AutoModelForCausalLM
+
+LARGE = {**steps.SIZES, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 4096}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system tells no peak of memory")
+def test_peak_of_memory_is_a_share(places: dict[str, Path], tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path, "llama", **LARGE)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path).get_memory_footprint()
+    assert whole > 80e6
+    for told in ranks.results(footprint.peaks, 2, places["llama"], tmp_path, 2):
+        for strategy, (peak, held, read) in told.items():
+            assert held < 0.51 * whole, strategy
+            assert read == held
+            assert held <= peak < held + 0.12 * whole, f"{strategy}: {peak} of {whole}"
