@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from examples.script import load
 
+from examples.script import load
 from loadstone import AutoConfig, AutoModelForCausalLM, list_architectures
 from loadstone.errors import ConfigError
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from examples.script import load
 
+from examples.script import load
 from loadstone import AutoModelForCausalLM
 from loadstone.cli.rhymes import RHYMES
 
