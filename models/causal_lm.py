@@ -170,7 +170,8 @@ class CausalLM(AdapterMethods, nn.Module):
             that is asked for, or cannot be; AttentionError for attention weights that
             the implementation does not hold.
         """
-        packing = {name: loss_kwargs.pop(name) for name in PACKING if name in loss_kwargs}
+        packing = {name: value for name, value in loss_kwargs.items() if name in PACKING}
+        loss_kwargs = {name: value for name, value in loss_kwargs.items() if name not in PACKING}
         unknown = [name for name in loss_kwargs if name not in _LOSS_KWARGS]
         if unknown:
             hint = nearest(
@@ -253,6 +254,10 @@ class CausalLM(AdapterMethods, nn.Module):
 
     @generation_config.setter
     def generation_config(self, value: Any) -> None:
+        if value is not None:
+            from .generation import GenerationConfig
+
+            value = GenerationConfig.of(value)
         self._generation_config = value
 
     def can_generate(self) -> bool:

@@ -104,6 +104,21 @@ class GenerationConfig:
         return cls(**{name: value for name, value in values.items() if name in known} | overrides, extra=extra)
 
     @classmethod
+    def of(cls: type[_Config], given: Any) -> _Config | None:
+        """What a caller means: a configuration of this class or None as it is, transformers' one by what it sets.
+
+        Raises ArgumentError for anything else.
+        """
+        if given is None or isinstance(given, cls):
+            return given
+        told = getattr(given, "to_diff_dict", None) or getattr(given, "to_dict", None)
+        if isinstance(given, Mapping) or not callable(told):
+            raise ArgumentError(
+                f"generation_config must be a GenerationConfig, got {type(given).__name__}; pass options by keyword"
+            )
+        return cls.from_dict({name: value for name, value in told().items() if not name.startswith("_")})
+
+    @classmethod
     def from_pretrained(cls: type[_Config], source: Any, *, file_name: str = FILE_NAME, **kwargs: Any) -> _Config:
         """Read generation_config.json of a directory, a Hub repository or a Source; options in kwargs override it.
 

@@ -59,7 +59,7 @@ def generate(
     return_dict_in_generate a `GenerateOutput`. Raises GenerationError, ArgumentError.
     """
     past_key_values = one_spelling(past_key_values, cache)
-    merged = merge(model.generation_config, generation_config, kwargs)
+    merged = merge(model.generation_config, GenerationConfig.of(generation_config), kwargs)
     ids, embeds = prompt_tensors(inputs, input_ids, inputs_embeds, merged["bos_token_id"], model.device)
     options = resolve(
         merged,

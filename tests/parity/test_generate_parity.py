@@ -14,6 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from loadstone.errors import ArgumentError
 from loadstone.models.generation import GenerationConfig, processors
 from loadstone.models.generation.options import merge, resolve
 from loadstone.models.gpt2 import GPT2Config, GPT2LMHeadModel
@@ -307,3 +308,19 @@ def test_the_chain_has_the_same_order(options: dict[str, Any], batch: tuple[Tens
         config, input_ids_seq_length=ids.shape[1], logits_processor=[Custom()], device="cpu", model_kwargs={}
     )
     same(mine, theirs(ids, scores))
+
+
+def test_the_peers_generation_config() -> None:
+    """Given to generate or set on the model: what it sets counts, what it does not comes from the model."""
+    model = tiny.model("llama")
+    ids = torch.arange(5)[None]
+    theirs = transformers.GenerationConfig(max_new_tokens=4, num_beams=2, eos_token_id=60, pad_token_id=0)
+    want = model.generate(ids, max_new_tokens=4, num_beams=2, eos_token_id=60, pad_token_id=0)
+    assert torch.equal(model.generate(ids, generation_config=theirs), want)
+    assert torch.equal(model.generate(ids, generation_config=theirs, max_new_tokens=2), want[:, :7])
+    model.generation_config = theirs
+    assert isinstance(model.generation_config, GenerationConfig)
+    assert torch.equal(model.generate(ids), want)
+    for wrong in ({"max_new_tokens": 4}, 4, "greedy"):
+        with pytest.raises(ArgumentError, match="must be a GenerationConfig"):
+            model.generate(ids, generation_config=wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,20 @@ def tokenizer() -> Any:
     )
 
 
-def texts() -> Any:
-    """Lines of words in order, of several lengths."""
+def data(name: str, columns: dict[str, list[str]]) -> Any:
+    """A data set whose fingerprint is given, as the one that would be computed pickles the table."""
     import pyarrow
 
-    rows = [" ".join(WORDS[(i * 3 + j) % 55] for j in range(5 + i % 7)) for i in range(32)]
-    table = datasets.table.InMemoryTable(pyarrow.table({"text": rows}))
-    return datasets.Dataset(table, fingerprint="rows-of-words")
+    return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(columns)), fingerprint=name)
+
+
+def words(first: int, count: int) -> str:
+    return " ".join(WORDS[(first + j) % 55] for j in range(count))
+
+
+def texts() -> Any:
+    """Lines of words in order, of several lengths."""
+    return data("rows-of-words", {"text": [words(i * 3, 5 + i % 7) for i in range(32)]})
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -97,3 +105,49 @@ def test_qlora(tmp_path: Path) -> None:
         before = again(torch.arange(9)[None]).logits
         again.load_adapter(tmp_path / "out" / "checkpoint-4")
         assert not torch.allclose(again(torch.arange(9)[None]).logits, before, atol=1e-3)
+
+
+def arguments(kind: Any, place: Path, **options: Any) -> Any:
+    return kind(
+        output_dir=str(place), max_steps=2, per_device_train_batch_size=4, logging_steps=1, report_to=[], use_cpu=True,
+        bf16=False, save_strategy="no", learning_rate=1e-2, disable_tqdm=True, **options,
+    )  # fmt: skip
+
+
+def test_preferences(tmp_path: Path) -> None:
+    """DPO, with the reference given: by name TRL would load it with transformers."""
+    rows = {
+        "prompt": [words(i, 4) for i in range(16)],
+        "chosen": [f" {words(i + 4, 4)}" for i in range(16)],
+        "rejected": [f" {words(i + 9, 3)}" for i in range(16)],
+    }
+    curves = []
+    for side, model in zip(("ours", "theirs"), Case("llama", tiny.values("llama"), 3).pair("sdpa"), strict=True):
+        run = trl.DPOTrainer(
+            model=model, ref_model=copy.deepcopy(model), args=arguments(trl.DPOConfig, tmp_path / side),
+            train_dataset=data("pairs", rows), processing_class=tokenizer(),
+        )  # fmt: skip
+        run.train()
+        curves.append([row["loss"] for row in run.state.log_history if "loss" in row])
+    assert len(set(curves[0])) == 2
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_rewards(tmp_path: Path) -> None:
+    """GRPO, which generates by transformers' GenerationConfig: our `generate` draws what theirs draws."""
+    seen: dict[str, list[str]] = {}
+    for side, model in zip(("ours", "theirs"), Case("llama", tiny.values("llama"), 3).pair("sdpa"), strict=True):
+        texts = seen.setdefault(side, [])
+
+        def reward(completions: list[str], texts: list[str] = texts, **_: Any) -> list[float]:
+            texts.extend(completions)
+            return [float(len(set(text))) for text in completions]
+
+        options = {"num_generations": 4, "max_completion_length": 6, "beta": 0.0}
+        run = trl.GRPOTrainer(
+            model=model, args=arguments(trl.GRPOConfig, tmp_path / side, **options), reward_funcs=reward,
+            train_dataset=data("prompts", {"prompt": [words(i, 4) for i in range(16)]}), processing_class=tokenizer(),
+        )  # fmt: skip
+        run.train()
+    assert len(set(seen["ours"])) > 2
+    assert seen["ours"] == seen["theirs"]
