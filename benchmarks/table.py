@@ -1,63 +1,137 @@
-"""Write the README's benchmark section from ``benchmarks/results``: no figure there is typed by hand."""
+"""Write docs/benchmarks.md, and the README's section of it, from ``benchmarks/results``: no figure is typed by hand."""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from .harness import RESULTS, ROOT
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-NAMES = ("imports", "loading", "forward", "quantization")
-COMPACT = ("attention_cpu", "ops_cpu", "training_step_cpu")  # one line a row and peer
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
+ABOUT = {  # result: title and what its rows are
+    "imports": ("Imports", "What importing costs beyond torch."),
+    "loading": (
+        "Loading",
+        (
+            "`llama1b` is TinyLlama's shape with random weights in 5 shards, `smollm2` the real SmolLM2-135M-Instruct, "
+            "`gpt2s` GPT-2's smallest shape. Fresh: the first load of a process, with the imports it needs; imported: "
+            "the second."
+        ),
+    ),
+    "forward": ("Forward, generation and training of SmolLM2", "On the same weights, fp32."),
+    "quantization": ("Quantization", "`llama1b` against transformers with bitsandbytes."),
+}
+COMPACT = {  # one line a row and peer
+    "attention_cpu": ("Attention", "fp32; on a GPU the script races the Triton kernels."),
+    "ops_cpu": ("Operations", "In their torch form, fp32; on a GPU the script races the Triton kernels."),
+    "training_step_cpu": ("Training steps", "fp32."),
+    "qlora_cpu": ("QLoRA", "NF4 with double quantization, bf16; both sides begin with the same adapter."),
+    "finetune_cpu": ("A fine-tune", "SmolLM2 on this repository's prose, both sides from the same data and seed."),
+}
+SHORT = (  # (result, row, figure) of the README
+    ("imports", "import beyond torch", "with Llama, s"),
+    ("loading", "llama1b bf16", "load, fresh, s"),
+    ("loading", "llama1b bf16", "import + load + logits, s"),
+    ("loading", "llama1b bf16 to fp32", "load, imported, s"),
+    ("forward", "prefill 512, sdpa", "seconds"),
+    ("forward", "greedy decode 128 tokens", "seconds"),
+    ("forward", "training step 2 x 256, sdpa", "seconds"),
+    ("training_step_cpu", "small Llama, 4 x 512", "private memory, MB"),
+    ("quantization", "NF4", "load, s"),
+    ("quantization", "NF4", "forward of 1 tokens, s"),
+    ("quantization", "NF4", "forward of 16 tokens, s"),
+    ("quantization", "NF4", "forward of 512 tokens, s"),
+    ("quantization", "int8", "load, s"),
+    ("quantization", "int8", "forward of 1 tokens, s"),
+    ("quantization", "NF4, from checkpoint to checkpoint", "peak private memory, MB"),
+    ("qlora_cpu", "QLoRA, SmolLM2-135M, 2 x 256", "seconds a step"),
+    ("qlora_cpu", "QLoRA, SmolLM2-135M, 2 x 256", "peak private memory, MB"),
+)
+_RATIO = "A ratio above 1 means that loadstone needs less; beside it the smallest and largest of the rounds."
+
+
+def document() -> str:
+    """The Markdown of docs/benchmarks.md."""
+    lines = [
+        "# Benchmarks",
+        "",
+        (
+            "Written by `python -m benchmarks.table` from `benchmarks/results`, which has the raw figures and charts. "
+            f"Each side runs in fresh processes that take turns, page cache warm; medians. {_RATIO} Private memory is "
+            "anonymous memory, which mapped weights are not. Never measured so far: anything on a GPU."
+        ),
+    ]
+    for name, (title, what) in ABOUT.items():
+        result = _result(name)
+        if result is not None:
+            lines += _heading(title, name, result, what)
+            lines += ["| work | figure | loadstone | transformers | ratio |", "|---|---|---:|---:|---:|"]
+            lines += [line for row in result["rows"] for line in _rows(row)]
+    lines += _paths_section()
+    for name, (title, what) in COMPACT.items():
+        result = _result(name)
+        if result is not None:
+            lines += _heading(
+                title, name, result, f"{what} Of each figure the ratio, peer / loadstone, and both sides."
+            )
+            lines += ["| work | against | ratios |", "|---|---|---|", *(_line(row) for row in result["rows"])]
+    return "\n".join([*lines, ""])
 
 
 def section() -> str:
-    """The section's Markdown."""
-    results = [json.loads((RESULTS / f"{name}.json").read_text()) for name in NAMES]
-    machine, versions = results[1]["machine"], results[1]["versions"]
-    head = (
-        f"Against transformers {versions['transformers']} (torch {versions['torch']}, {machine['cores']} cores, "
-        f"{machine['memory_gb']:.0f} GB, no GPU), each side in fresh processes that take turns, page cache warm; "
-        "medians. A ratio above 1 means that loadstone needs less; beside it the smallest and largest of the rounds."
-    )
+    """The README's Markdown."""
     lines = [
-        head,
+        (
+            f"Against transformers, with bitsandbytes and PEFT where the row is theirs, on two CPU cores. {_RATIO} "
+            "Machines, versions and all rows: [docs/benchmarks.md](docs/benchmarks.md)."
+        ),
         "",
         "| work | figure | loadstone | transformers | ratio |",
         "|---|---|---:|---:|---:|",
     ]
-    for result in results:
-        for row in result["rows"]:
-            lines += _rows(row)
-    explanation = (
-        "`llama1b` is TinyLlama's shape with random weights in 5 shards, `smollm2` the real SmolLM2-135M-Instruct, "
-        "`gpt2s` GPT-2's smallest shape. Fresh: the first load of a process, with the imports it needs; imported: the "
-        "second. Private memory is anonymous memory, which mapped weights are not. The scripts: "
-        "`python -m benchmarks.imports`, `python -m benchmarks.loading`, `python -m benchmarks.forward`, and for NF4 "
-        "and int8 (`llama1b`, with bitsandbytes) `python -m benchmarks.quantization`; raw figures and charts in "
-        "`benchmarks/results`."
+    for name, title, figure in SHORT:
+        rows = (_result(name) or {"rows": []})["rows"]
+        lines += [line for row in rows if row["row"] == title for line in _rows({"row": title, figure: row[figure]})]
+    return "\n".join(lines)
+
+
+def _result(name: str) -> dict[str, Any] | None:
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _heading(title: str, name: str, result: dict[str, Any], what: str) -> list[str]:
+    machine, versions = result["machine"], result["versions"]
+    peers = ", ".join(f"{package} {versions[package]}" for package in ("torch", "transformers") if package in versions)
+    told = (
+        f"`python -m benchmarks.{name.removesuffix('_cpu')}`, {result['date'][:10]}, {machine['cores']} cores of "
+        f"{machine['cpu']}, {machine['memory_gb']:.0f} GB, {peers}. {what}"
     )
-    return "\n".join([*lines, "", explanation, *_paths_section(), *_compact_section()])
+    return ["", f"## {title}", "", told, ""]
 
 
 def _paths_section() -> list[str]:
     """Every way of loading against its limit and other loaders: nothing if it has not been measured."""
-    file = RESULTS / "loading_paths_cpu.json"
-    if not file.exists():
+    result = _result("loading_paths_cpu")
+    if result is None:
         return []
-    result = json.loads(file.read_text())
     peers = list(dict.fromkeys(row["peer"] for row in result["rows"] if row["peer"] != "limit"))
     absent = f" Not installed, and not measured: {', '.join(result['missing'])}." if result["missing"] else ""
-    head = (
+    what = (
         "Every way that weights come by, everything imported. The limit is a bare loop over the same bytes in the same "
         "run; beside it what a load takes of it (1.00 would be as fast), what private memory it needs beyond the "
-        "model's own, and how many times as long other loaders take, which bring tensors and no model: `python -m "
-        f"benchmarks.loading_paths`.{absent}"
+        "model's own, and how many times as long other loaders take, which bring tensors and no model."
+        f"{absent}"
     )
     columns = ["checkpoint", "way", "s", "times the limit", "MB beyond", *peers]
-    lines = ["", head, "", f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
+    lines = [
+        *_heading("Ways of loading", "loading_paths_cpu", result, what),
+        f"| {' | '.join(columns)} |",
+        "|---|---|" + "---:|" * (len(columns) - 2),
+    ]
     for name in dict.fromkeys(row["row"] for row in result["rows"]):
         rows = {row["peer"]: row for row in result["rows"] if row["row"] == name}
         lines += [_way(name, way, rows, peers) for way in next(iter(rows.values()))["work"]["ways"]]
@@ -75,21 +149,6 @@ def _way(name: str, way: str, rows: dict[str, dict[str, Any]], peers: list[str])
         cells.append(f"{value['ratio']:.2f} ({value['spread'][0]:.2f} to {value['spread'][1]:.2f})"
                      if value.get("ratio") else "")  # fmt: skip
     return f"| {name} | {way} | {_number(ours)} | {' | '.join(cells)} |"
-
-
-def _compact_section() -> list[str]:
-    """The kernels on the CPU: nothing if they have not been measured."""
-    results = [json.loads(path.read_text()) for name in COMPACT if (path := RESULTS / f"{name}.json").exists()]
-    if not results:
-        return []
-    head = (
-        "Attention, the fused operations in their torch form, and a training step on the CPU, fp32. Of each figure the "
-        "ratio, peer / loadstone, with the smallest and largest of the rounds, and both sides: `python -m "
-        "benchmarks.attention`, `python -m benchmarks.ops`, `python -m benchmarks.training_step`, which on a GPU race "
-        "the Triton kernels (not measured yet)."
-    )
-    lines = ["", head, "", "| work | against | ratios |", "|---|---|---|"]
-    return lines + [_line(row) for result in results for row in result["rows"]]
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -129,12 +188,14 @@ def updated(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the README, or with ``--check`` exit with 1 if that would change it."""
+    """Rewrite both documents, or with ``--check`` exit with 1 if that would change one."""
     readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if "--check" in sys.argv:
-        sys.exit(updated(text) != text)
-    readme.write_text(updated(text), encoding="utf-8")
+    wanted: dict[Path, str] = {readme: updated(readme.read_text(encoding="utf-8")), DOCUMENT: document()}
+    for path, text in wanted.items():
+        if "--check" not in sys.argv:
+            path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            sys.exit(f"{path.name} is not what the results say")
 
 
 if __name__ == "__main__":

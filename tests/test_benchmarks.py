@@ -481,10 +481,20 @@ def test_ways_against_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "ratio" not in rows[0]["mapped, MB"]
     paths.chart(tmp_path / "chart.png", rows)
     assert (tmp_path / "chart.png").stat().st_size > 5_000
-    (tmp_path / "loading_paths_cpu.json").write_text(json.dumps({"rows": rows, "missing": {"fastsafetensors": "why"}}))
+    (tmp_path / "loading_paths_cpu.json").write_text(
+        json.dumps(
+            {
+                "rows": rows,
+                "missing": {"fastsafetensors": "why"},
+                "machine": {"cpu": "some", "cores": 2, "memory_gb": 25.3},
+                "versions": {"torch": "2"},
+                "date": "2026-01-01T00:00",
+            }
+        )
+    )
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     lines = table._paths_section()
-    assert "Not installed, and not measured: fastsafetensors." in lines[1]
+    assert "Not installed, and not measured: fastsafetensors." in lines[3]
     assert lines[-2:] == ["| one | mapped | 0.01 |  | 0 |  |", "| one | cast | 1 | 1.25 | 2 | 2.00 (1.50 to 2.50) |"]
 
 
@@ -622,12 +632,15 @@ def test_races_against_transformers_say_when_it_is_missing(name: str, package: s
 
 def test_the_table_shows_every_result_it_is_made_of() -> None:
     table = module("table")
-    section = table.section()
-    for name in (*table.NAMES, *table.COMPACT):
+    document = table.document()
+    for name in (*table.ABOUT, *table.COMPACT):
         path = ROOT / "benchmarks" / "results" / f"{name}.json"
         assert path.exists() or name in table.COMPACT
         for row in json.loads(path.read_text())["rows"] if path.exists() else ():
-            assert row["row"] in section
+            assert row["row"] in document
+    for name, row, figure in table.SHORT:
+        if (ROOT / "benchmarks" / "results" / f"{name}.json").exists():
+            assert f"| {row} | {figure} |" in table.section()
 
 
 def test_a_line_of_the_table_has_both_sides_and_the_spread() -> None:
