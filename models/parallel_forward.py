@@ -92,8 +92,9 @@ def parallelize_forwards(model: nn.Module, styles: Mapping[str, Style], group: A
             copied = any(name.startswith(prefix) for prefix in shared)
             made = _colwise(module, plain, group, style, copied)
             if style.name == "colwise_gather_output" and getattr(module, "bias", None) is None:
-                module.fused_loss = partial(_head_loss, module, group)
-        module.forward = wraps(plain)(made)
+                module.fused_loss = partial(torch.compiler.disable(_head_loss), module, group)
+        # compilers look past the attributes that stand in front of parameters; these modules run as they are
+        module.forward = torch.compiler.disable(wraps(plain)(made))
 
 
 @contextmanager

@@ -32,8 +32,9 @@ class Company:
         if self._sharers is None:
             return
         ids = torch.zeros((1, 1), dtype=torch.long, device=self._device)
-        while self._anyone(False):
-            self._model(input_ids=ids, use_cache=False)
+        with torch.no_grad():
+            while self._anyone(False):
+                self._model(input_ids=ids, use_cache=False)
 
     def step(self) -> None:
         """Say that this rank calls the model now."""

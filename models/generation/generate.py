@@ -58,41 +58,47 @@ def generate(
     Returns (batch * num_return_sequences, length), int64, finished rows filled with the pad token; with
     return_dict_in_generate a `GenerateOutput`. Raises GenerationError, ArgumentError.
     """
-    past_key_values = one_spelling(past_key_values, cache)
-    merged = merge(model.generation_config, GenerationConfig.of(generation_config), kwargs)
-    ids, embeds = prompt_tensors(inputs, input_ids, inputs_embeds, merged["bos_token_id"], model.device)
-    options = resolve(
-        merged,
-        prompt_length=ids.shape[1],
-        embeds_length=None if embeds is None else embeds.shape[1],
-        max_positions=getattr(model.config, "max_position_embeddings", None),
-    )
-    if model.training:
-        warn_once("generate() on a model in training mode: dropout stays active; call model.eval() first")
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
-    prompt = prepare_prompt(ids, embeds, attention_mask, position_ids, past=past, pad=options.pad, eos=options.eos)
-    copies = max(options.num_beams, options.num_return_sequences)
-    first = None if prompt.mask is None else (prompt.mask != 0).int().argmax(dim=1).repeat_interleave(copies)
-    processors = build(
-        options,
-        prompt_length=ids.shape[1],
-        first=first,
-        device=ids.device,
-        custom=_as_list(logits_processor, "logits_processor"),
-    )
-    criteria = _criteria(options, tokenizer, ids.shape[1])
-    criteria += _as_list(stopping_criteria, "stopping_criteria")
     company = company_of(model)
-    runner = Runner(model, prompt, options, copies=copies, cache=past_key_values, company=company)
-    with torch.no_grad(), company or nullcontext():
-        if options.num_beams > 1:
-            if streamer is not None:
-                raise GenerationError("beam search only knows its tokens at the end: streamer needs num_beams=1")
-            result = beam_search(runner, options, processors, criteria, batch=prompt.rows, generator=generator)
-        else:
-            result = _stream(runner, options, processors, criteria, generator, streamer)
+    with company or nullcontext():  # whatever fails on this rank, others that generate with it are not left waiting
+        merged = merge(model.generation_config, GenerationConfig.of(generation_config), kwargs)
+        ids, embeds = prompt_tensors(inputs, input_ids, inputs_embeds, merged["bos_token_id"], model.device)
+        options = resolve(
+            merged,
+            prompt_length=ids.shape[1],
+            embeds_length=None if embeds is None else embeds.shape[1],
+            max_positions=getattr(model.config, "max_position_embeddings", None),
+        )
+        cache = one_spelling(past_key_values, cache)
+        past = 0 if cache is None else cache.get_seq_length()
+        prompt = prepare_prompt(ids, embeds, attention_mask, position_ids, past=past, pad=options.pad, eos=options.eos)
+        copies = max(options.num_beams, options.num_return_sequences)
+        first = None if prompt.mask is None else (prompt.mask != 0).int().argmax(dim=1).repeat_interleave(copies)
+        custom = _as_list(logits_processor, "logits_processor")
+        processors = build(options, prompt_length=ids.shape[1], first=first, device=ids.device, custom=custom)
+        criteria = _criteria(options, tokenizer, ids.shape[1])
+        criteria += _as_list(stopping_criteria, "stopping_criteria")
+        runner = Runner(model, prompt, options, copies=copies, cache=cache, company=company)
+        result = _run(runner, options, processors, criteria, generator, streamer)
     assert result.sequences is not None
     return result if options.return_dict else result.sequences
+
+
+@torch.no_grad()
+def _run(
+    runner: Runner,
+    options: Options,
+    processors: list[Processor],
+    criteria: list[Criterion],
+    generator: torch.Generator | None,
+    streamer: Any,
+) -> GenerateOutput:
+    if runner.model.training:
+        warn_once("generate() on a model in training mode: dropout stays active; call model.eval() first")
+    if options.num_beams == 1:
+        return _stream(runner, options, processors, criteria, generator, streamer)
+    if streamer is not None:
+        raise GenerationError("beam search only knows its tokens at the end: streamer needs num_beams=1")
+    return beam_search(runner, options, processors, criteria, batch=runner.prompt.rows, generator=generator)
 
 
 def _stream(

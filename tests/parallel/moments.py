@@ -39,6 +39,10 @@ def generated(rank: int, places: dict[str, Path], dropping: Path) -> dict[str, A
     mine = PROMPTS[rank : rank + 1, rank:]
     told["apart"] = model.generate(mine, max_new_tokens=3 + 6 * rank, num_beams=1 + rank)
     told["together"] = model.generate(PROMPTS, max_new_tokens=12)
+    try:  # a mistake of one rank leaves the other alone with nothing to wait for
+        told["alone"] = model.generate(PROMPTS, max_new_tokens=4 - 5 * rank)
+    except Exception as error:
+        told["alone"] = type(error).__name__
     return {**told, "dropout": _dropped_out(rank, dropping)}
 
 
@@ -56,6 +60,23 @@ def _dropped_out(rank: int, place: Path) -> dict[str, Any]:
     return {"losses": losses, "norm": gradients["transformer.ln_f.weight"]}
 
 
+def compiled(place: Path) -> dict[str, tuple[float, float, float]]:
+    """Loss, compiled loss and the largest difference of a gradient."""
+    told = {}
+    for strategy in ("fsdp", "tp"):
+        model = _load(place, strategy, 2).train()
+        found = []
+        for run in (model, torch.compile(model, backend="aot_eager")):
+            loss = run(PROMPTS, labels=PROMPTS).loss
+            loss.backward()
+            found.append((float(loss.detach()), steps.whole_weights(model, gradients=True)))
+            model.zero_grad()
+        (first, expected), (second, gradients) = found
+        far = max(float((expected[name] - gradients[name]).abs().max()) for name in expected)
+        told[strategy] = first, second, far
+    return told
+
+
 # Initialisation, precision
 
 
@@ -64,7 +85,7 @@ def mixed(rank: int, place: Path, headless: Path, pickled: Path) -> dict[str, An
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = _load(place, "fsdp", 2, parallel=ParallelConfig(mixed_precision=policy, reshard_after_forward=False))
-    told = {"dtype": model.dtype, **steps.train(model, 3, rank, 2)}
+    told = {"dtype": model.dtype, "compiled": compiled(place), **steps.train(model, 3, rank, 2)}
     held = AutoModelForCausalLM.from_pretrained(place).state_dict()
     torch.manual_seed(rank)
     for strategy in ("fsdp", "tp"):

@@ -45,6 +45,8 @@ def test_sharded_ranks_generate_what_they_like(told: list[dict[str, Any]], place
         expected = model.generate(mine, max_new_tokens=3 + 6 * rank, num_beams=1 + rank)
         assert torch.equal(found["apart"], expected)
         assert torch.equal(found["together"], model.generate(moments.PROMPTS, max_new_tokens=12))
+    assert torch.equal(told[0]["alone"], model.generate(moments.PROMPTS, max_new_tokens=4))
+    assert told[1]["alone"] == "GenerationError"
 
 
 def test_dropout_falls_alike_on_all_ranks(told: list[dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from parallel import moments, ranks, steps
 from safetensors.torch import load_file, save_file
 
 
-def test_mixed_precision_missing_weights_and_other_sources(places: dict[str, Path], tmp_path: Path) -> None:
+def test_mixed_precision_compilers_missing_weights_and_other_sources(places: dict[str, Path], tmp_path: Path) -> None:
     headless, pickled = tmp_path / "headless", tmp_path / "pickled"
     tiny.checkpoint(headless, "llama", **steps.SIZES)
     file = headless / "model.safetensors"
@@ -27,6 +27,9 @@ def test_mixed_precision_missing_weights_and_other_sources(places: dict[str, Pat
         assert rank["dtype"] == torch.float32
         assert torch.allclose(torch.tensor(rank["norms"]), torch.tensor(expected["norms"]), rtol=5e-2)
         assert rank["norms"] != expected["norms"]
+        for first, second, far in rank["compiled"].values():
+            assert abs(first - second) < 1e-5
+            assert far < 1e-5
         for name in ("pickled fsdp", "pickled tp", "held fsdp", "held tp"):
             assert all(torch.equal(rank[name][key], value) for key, value in expected["before"].items()), name
         assert torch.equal(rank["fsdp"], told[0]["tp"])
