@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loadstone.errors import ArgumentError, GenerationError
 from loadstone.models.cache import DynamicCache
-from loadstone.models.generation import GenerateOutput, GenerationConfig, generate
+from loadstone.models.generation import GenerateOutput, GenerationConfig, generate, options
 from loadstone.models.generation.stopping import StopStrings
 
 VOCAB = 61
@@ -391,7 +391,8 @@ def test_hiding_every_token_is_an_error_when_sampling() -> None:
         model().generate(ids(1, 3), do_sample=True, max_new_tokens=2, suppress_tokens=list(range(VOCAB)))
 
 
-def test_warnings(caplog: pytest.LogCaptureFixture) -> None:
+def test_warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "_warned", set())  # each is given once in a process
     caplog.set_level(logging.WARNING, logger="loadstone")
     prompt = torch.tensor([[5, 6, 0], [5, 6, 7]])
     model().generate(prompt, attention_mask=(prompt != 0).long(), pad_token_id=0, max_new_tokens=1)
