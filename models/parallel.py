@@ -46,6 +46,11 @@ class Joined:
         folded = {name: tuple(model.get_parameter(name).shape) for name, cut in cuts.items() if cut.parts > 1}
         self.layout = replace(self.layout, folded=folded)
         units = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
+        if self.layout.fsdp is not None and not units:
+            raise ParallelError(
+                f"{type(model).__name__} names no class of its layers in _no_split_modules, so FSDP would gather the "
+                "whole model at once; declare it"
+            )
         return Spread(self.layout, self.agreement, cuts, units, commit)
 
     def finish(self, model: CausalLM) -> None:

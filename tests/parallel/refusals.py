@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loadstone import AutoModelForCausalLM, BitsAndBytesConfig, LoraConfig, ParallelConfig
+from loadstone import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, LoraConfig, ParallelConfig
 from loadstone.loading import parallel_load
 
 Seen = tuple[str, str]
@@ -64,6 +64,12 @@ def seen(rank: int, place: Path, odd: Path, other: Path, adapter: Path) -> dict[
         device_mesh=tp,
         parallel=ParallelConfig(tp_plan={"lm_head": None, "model.embed_tokens": None}),
     )
+    kept, LlamaForCausalLM._no_split_modules = LlamaForCausalLM._no_split_modules, []
+    found["no layers"] = attempt(place, device_mesh=fsdp)
+    LlamaForCausalLM._no_split_modules = kept
+    plan, LlamaForCausalLM._tp_plan = LlamaForCausalLM._tp_plan, {}
+    found["no plan"] = attempt(place, device_mesh=tp)
+    LlamaForCausalLM._tp_plan = plan
     found["a file goes while it is read"] = _vanishing(rank, place, fsdp)
     model = AutoModelForCausalLM.from_pretrained(place, device_mesh=fsdp)
     for name, call in {

@@ -32,6 +32,8 @@ SAYS = {
     "one argument differs": "do not agree about the plan",
     "one lacks the directory": "ranks 1 have no directory",
     "one has another checkpoint": "do not agree about the checkpoint",
+    "no layers": "_no_split_modules",
+    "no plan": "_tp_plan",
     "add_adapter": "spread over a device mesh",
     "resize": "cannot be resized",
     "push": "save_pretrained",
