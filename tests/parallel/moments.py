@@ -181,6 +181,7 @@ def downloaded(rank: int, url: str, cache: Path, revision: str | None) -> Any:
     constants.HUGGINGFACE_CO_URL_TEMPLATE = url + "/{repo_id}/resolve/{revision}/{filename}"
     hf_api.api.endpoint = url
     constants.HF_HUB_DISABLE_XET = True
+    constants.HF_HUB_OFFLINE = False  # other tests of this session may have asked for it
     options = {} if revision is None else {"revision": revision}
     mesh = steps.mesh("fsdp", (2,))
     model = AutoModelForCausalLM.from_pretrained("org/model", device_mesh=mesh, cache_dir=cache, **options)
