@@ -133,12 +133,9 @@ def linear_4bit(x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksi
     """
     rows, width = x.shape
     pairs = _pairs(x.dtype)
-    if pairs:
-        inputs = x.reshape(-1, 2, 4, 4).transpose(1, 2).contiguous()
-    else:
-        inputs = x.float().view(-1, _WIDTH // 2, 2).transpose(1, 2).contiguous()
+    inputs = x.contiguous() if pairs else x.float().contiguous()
     y = torch.empty(rows, outputs)
-    kept = [inputs, packed.contiguous(), absmax.contiguous(), code.contiguous(), y]
+    kept = [inputs, torch.empty_like(inputs), packed.contiguous(), absmax.contiguous(), code.contiguous(), y]
     sizes = (rows, outputs, width, blocksize, _DTYPES[x.dtype], int(pairs), torch.get_num_threads())
     _library().loadstone_linear_4bit(*_addresses(kept), *_numbers(*sizes))
     return y

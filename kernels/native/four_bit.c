@@ -19,6 +19,7 @@ enum { FP32, BF16, FP16 };
 #define AVX512 __attribute__((target("avx512f,avx512vl,avx512bw")))
 #define PAIRS __attribute__((target("avx512f,avx512vl,avx512bw,avx512vbmi,avx512bf16")))
 #define MOST 16   /* rows of x that share one decoding */
+#define LINE 128  /* codes of a line of the cache */
 #define AHEAD 4   /* outputs whose codes are fetched before they are decoded */
 #define PANEL 4   /* outputs decoded side by side for several rows */
 
@@ -126,6 +127,16 @@ AVX512 static void scales_between(const Work *w, long first, long last) {
 
 /* ---- Products in fp32 ---- */
 
+/* Of each 32 numbers the even ones, then the odd ones. */
+AVX512 static void arrange(const float *x, float *out, long count) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  for (long k = 0; k < count; k += 32) {
+    const __m512 low = _mm512_loadu_ps(x + k), high = _mm512_loadu_ps(x + k + 16);
+    _mm512_storeu_ps(out + k, _mm512_permutex2var_ps(low, even, high));
+    _mm512_storeu_ps(out + k + 16, _mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high));
+  }
+}
+
 /* One output for ``count`` rows. The count is a constant wherever this is inlined, so that all sums stay in registers. */
 AVX512 INLINE void one_output(const Work *w, __m512 table, long n, long row, const int count) {
   const uint8_t *codes = w->codes + n * (w->width / 2);
@@ -175,6 +186,13 @@ PAIRS INLINE __m512i spread(const uint8_t *codes) {
   return _mm512_multishift_epi64_epi8(bits, _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)codes)));
 }
 
+/* Inputs in the order of ``spread``: of each 32 the first four of each half, then the next four. */
+PAIRS static void arrange_pairs(const uint16_t *x, uint16_t *out, long count) {
+  const __m512i eights = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  for (long k = 0; k < count; k += 32)
+    _mm512_storeu_si512(out + k, _mm512_permutexvar_epi64(eights, _mm512_loadu_si512(x + k)));
+}
+
 PAIRS INLINE __m512i bf16_table(__m512 table, float scale) {
   return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(table, _mm512_set1_ps(scale))));
 }
@@ -200,7 +218,7 @@ PAIRS INLINE void decode_and_multiply(const Work *w, __m512 table, long n, long 
 #pragma GCC unroll 4
       for (int j = 0; j < across; j++) {
         const uint8_t *codes = w->codes + (n + j) * (w->width / 2) + k / 2;
-        _mm_prefetch((const char *)(codes + AHEAD * w->width / 2), _MM_HINT_T0);
+        if (k % LINE == 0) _mm_prefetch((const char *)(codes + AHEAD * w->width / 2), _MM_HINT_T0);
         const __m512bh numbers = (__m512bh)_mm512_permutexvar_epi16(spread(codes), tables[j]);
 #pragma GCC unroll 4
         for (int i = 0; i < count; i++)
@@ -246,7 +264,7 @@ PAIRS INLINE void panel_of(const Work *w, __m512 table, long n, uint16_t *panel,
     for (long block = 0; block < blocks; block++) {
       const __m512i both = bf16_table(table, w->absmax[(n + j) * blocks + block]);
       for (long k = block * w->blocksize; k < (block + 1) * w->blocksize; k += 32) {
-        _mm_prefetch((const char *)(codes + (AHEAD * w->width + k) / 2), _MM_HINT_T0);
+        if (k % LINE == 0) _mm_prefetch((const char *)(codes + (AHEAD * w->width + k) / 2), _MM_HINT_T0);
         _mm512_storeu_si512(panel + k * across + j * 32, _mm512_permutexvar_epi16(spread(codes + k / 2), both));
       }
     }
@@ -333,9 +351,12 @@ static void in_threads(void (*share)(void *), Work *work, long threads) {
   }
 }
 
-void loadstone_linear_4bit(const void *x, const uint8_t *codes, const float *absmax, const float *code, float *y,
+/* room: as large as x, for its numbers in another order. */
+void loadstone_linear_4bit(const void *x, void *room, const uint8_t *codes, const float *absmax, const float *code, float *y,
                            long rows, long outputs, long width, long blocksize, long dtype, long pairs, long threads) {
-  Work work = {x, codes, absmax, code, y, 0, rows, outputs, width, blocksize, dtype, 0, 0, 0};
+  if (pairs) arrange_pairs(x, room, rows * width);
+  else arrange(x, room, rows * width);
+  Work work = {room, codes, absmax, code, y, 0, rows, outputs, width, blocksize, dtype, 0, 0, 0};
   in_threads(pairs ? share_of_pairs : share_of_outputs, &work, threads);
 }
 
