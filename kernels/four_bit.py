@@ -154,8 +154,8 @@ def _torch_forward(
 def _native_decode(
     packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    out = torch.empty(list(shape), dtype=dtype)
-    native.decode_4bit(out.view(-1), packed, absmax, code, blocksize)
+    out = torch.empty(list(shape), dtype=dtype, device=packed.device)
+    native.decode_4bit(code, out.view(-1), packed, absmax, blocksize)
     return out
 
 
@@ -165,11 +165,7 @@ def _native_forward(
     outputs, width = shape
     flat = x.reshape(-1, width)
     if not native.takes_rows(flat.shape[0], x.dtype, blocksize, width):
-
-        def decode(out: Tensor, packed: Tensor, absmax: Tensor, blocksize: int) -> None:
-            native.decode_4bit(out, packed, absmax, code, blocksize)
-
-        return _multiply(decode, x, packed, absmax, blocksize, shape, bias)
+        return _multiply(partial(native.decode_4bit, code), x, packed, absmax, blocksize, shape, bias)
     y = native.linear_4bit(flat, packed, absmax, code, blocksize, outputs)
     if bias is not None:
         y.add_(bias)

@@ -57,7 +57,7 @@ class Blocks(Values):
 
     def part(self, entry: TensorEntry, files: Files, begin: int, end: int) -> torch.Tensor:
         if end <= begin:
-            return torch.empty(0, dtype=entry.dtype)
+            return torch.empty(0, dtype=entry.dtype, device="cpu")
         if self.order is None:
             first = begin // self.kind.block * self.kind.block
             return self._decoded(entry, files, first, end)[begin - first : end - first]

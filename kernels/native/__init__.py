@@ -100,7 +100,7 @@ def supports_dequantize_absmax(
 
 def dequantize_absmax(codes: Tensor, absmax: Tensor, code: Tensor, offset: float, blocksize: int) -> Tensor:
     """Scales from their codes; see `loadstone.kernels.scales`."""
-    out = torch.empty(codes.shape)
+    out = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
     threads = torch.get_num_threads() if codes.numel() >= _SCALES_FOR_THREADS else 1
     _library().loadstone_dequantize_absmax(
         *_addresses([codes.contiguous(), absmax.contiguous(), code.contiguous(), out]),
@@ -116,7 +116,7 @@ def takes_rows(rows: int, dtype: torch.dtype, blocksize: int, width: int) -> boo
     return 0 < rows <= most and width % blocksize == 0
 
 
-def decode_4bit(out: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> None:
+def decode_4bit(code: Tensor, out: Tensor, packed: Tensor, absmax: Tensor, blocksize: int) -> None:
     """Fill ``out``, flat, from its codes; see `supports_dequantize_4bit`."""
     kept = [packed.contiguous(), absmax.contiguous(), code.contiguous(), out]
     _library().loadstone_dequantize_4bit(
@@ -134,7 +134,7 @@ def linear_4bit(x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksi
     rows, width = x.shape
     pairs = _pairs(x.dtype)
     inputs = x.contiguous() if pairs else x.float().contiguous()
-    y = torch.empty(rows, outputs)
+    y = torch.empty(rows, outputs, dtype=torch.float32, device="cpu")
     kept = [inputs, torch.empty_like(inputs), packed.contiguous(), absmax.contiguous(), code.contiguous(), y]
     sizes = (rows, outputs, width, blocksize, _DTYPES[x.dtype], int(pairs), torch.get_num_threads())
     _library().loadstone_linear_4bit(*_addresses(kept), *_numbers(*sizes))

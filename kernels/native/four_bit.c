@@ -232,53 +232,53 @@ PAIRS INLINE void decode_and_multiply(const Work *w, __m512 table, long n, long 
     for (int i = 0; i < count; i++) w->y[(row + i) * w->outputs + n + j] = _mm512_reduce_add_ps(sums[j][i]);
 }
 
-/* ``across`` outputs that lie decoded side by side, for ``count`` rows. */
-PAIRS INLINE void multiply(const Work *w, const uint16_t *panel, long n, long row, const int across, const int count) {
+/* A panel of outputs, decoded side by side, for ``count`` rows. */
+PAIRS INLINE void multiply(const Work *w, const uint16_t *panel, long n, long row, const int count) {
   const uint16_t *x = (const uint16_t *)w->x + row * w->width;
   __m512 sums[PANEL][6];
 #pragma GCC unroll 4
-  for (int j = 0; j < across; j++)
+  for (int j = 0; j < PANEL; j++)
 #pragma GCC unroll 6
     for (int i = 0; i < count; i++) sums[j][i] = _mm512_setzero_ps();
   for (long k = 0; k < w->width; k += 32) {
     __m512bh numbers[PANEL];
 #pragma GCC unroll 4
-    for (int j = 0; j < across; j++) numbers[j] = (__m512bh)_mm512_loadu_si512(panel + k * across + j * 32);
+    for (int j = 0; j < PANEL; j++) numbers[j] = (__m512bh)_mm512_loadu_si512(panel + k * PANEL + j * 32);
 #pragma GCC unroll 6
     for (int i = 0; i < count; i++) {
       const __m512bh inputs = (__m512bh)_mm512_loadu_si512(x + i * w->width + k);
 #pragma GCC unroll 4
-      for (int j = 0; j < across; j++) sums[j][i] = _mm512_dpbf16_ps(sums[j][i], numbers[j], inputs);
+      for (int j = 0; j < PANEL; j++) sums[j][i] = _mm512_dpbf16_ps(sums[j][i], numbers[j], inputs);
     }
   }
 #pragma GCC unroll 4
-  for (int j = 0; j < across; j++)
+  for (int j = 0; j < PANEL; j++)
 #pragma GCC unroll 6
     for (int i = 0; i < count; i++) w->y[(row + i) * w->outputs + n + j] = _mm512_reduce_add_ps(sums[j][i]);
 }
 
-PAIRS INLINE void panel_of(const Work *w, __m512 table, long n, uint16_t *panel, const int across) {
+PAIRS INLINE void panel_of(const Work *w, __m512 table, long n, uint16_t *panel) {
   const long blocks = w->width / w->blocksize;
-  for (int j = 0; j < across; j++) {
+  for (int j = 0; j < PANEL; j++) {
     const uint8_t *codes = w->codes + (n + j) * (w->width / 2);
     for (long block = 0; block < blocks; block++) {
       const __m512i both = bf16_table(table, w->absmax[(n + j) * blocks + block]);
       for (long k = block * w->blocksize; k < (block + 1) * w->blocksize; k += 32) {
         if (k % LINE == 0) _mm_prefetch((const char *)(codes + (AHEAD * w->width + k) / 2), _MM_HINT_T0);
-        _mm512_storeu_si512(panel + k * across + j * 32, _mm512_permutexvar_epi16(spread(codes + k / 2), both));
+        _mm512_storeu_si512(panel + k * PANEL + j * 32, _mm512_permutexvar_epi16(spread(codes + k / 2), both));
       }
     }
   }
 }
 
 /* Rows in groups that fill the registers and leave no group of one or two. */
-PAIRS INLINE void rows_of_panel(const Work *w, const uint16_t *panel, long n, const int across) {
+PAIRS INLINE void rows_of_panel(const Work *w, const uint16_t *panel, long n) {
   long row = 0;
-  for (; w->rows - row >= 9 || w->rows - row == 6; row += 6) multiply(w, panel, n, row, across, 6);
-  if (w->rows - row >= 7) multiply(w, panel, n, row, across, 4), row += 4;
-  if (w->rows - row == 5) multiply(w, panel, n, row, across, 5);
-  if (w->rows - row == 4) multiply(w, panel, n, row, across, 4);
-  if (w->rows - row == 3) multiply(w, panel, n, row, across, 3);
+  for (; w->rows - row >= 9 || w->rows - row == 6; row += 6) multiply(w, panel, n, row, 6);
+  if (w->rows - row >= 7) multiply(w, panel, n, row, 4), row += 4;
+  if (w->rows - row == 5) multiply(w, panel, n, row, 5);
+  if (w->rows - row == 4) multiply(w, panel, n, row, 4);
+  if (w->rows - row == 3) multiply(w, panel, n, row, 3);
 }
 
 PAIRS INLINE void few_rows(const Work *w, __m512 table, long n, const int across) {
@@ -298,8 +298,8 @@ PAIRS static void outputs_in_pairs(const Work *w, long first, long last) {
   }
   uint16_t *panel = aligned_alloc(64, (size_t)w->width * PANEL * sizeof *panel);
   for (; n + PANEL <= last && panel; n += PANEL) {
-    panel_of(w, table, n, panel, PANEL);
-    rows_of_panel(w, panel, n, PANEL);
+    panel_of(w, table, n, panel);
+    rows_of_panel(w, panel, n);
   }
   free(panel);
   for (; n < last; n++)

@@ -14,6 +14,7 @@ from loadstone.errors import KernelError
 from loadstone.kernels import Kernels, kernel_names, native
 from loadstone.kernels.four_bit import dequantize_4bit as decode
 from loadstone.kernels.four_bit import linear_4bit
+from loadstone.kernels.scales import dequantize_absmax
 from loadstone.quant.four_bit import dequantize_4bit, quantize_4bit
 
 NATIVE = Kernels("native")
@@ -105,6 +106,29 @@ def test_blocks_over_rows_and_many_rows(rows, width):
     parts = (packed, torch.rand(4 * width // 64), torch.randn(16), 64, (4, width))
     x = torch.randn(rows, width, dtype=torch.bfloat16)
     assert torch.equal(linear_4bit(x, *parts, kernels=NATIVE), linear_4bit(x, *parts, kernels=Kernels("torch")))
+
+
+@compiled
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_and_device_do_not_matter(default):
+    """The compiled code writes where these buffers are, in fp32."""
+    parts, x = weight_of(40, 256), torch.randn(3, 256)
+    scales = (torch.arange(256, dtype=torch.uint8), torch.rand(1), torch.randn(256), 0.5, 256)
+
+    def all_of_them():
+        expanded = dequantize_absmax(*scales, kernels=NATIVE)
+        return expanded, linear_4bit(x, *parts, kernels=NATIVE), decode(*parts, torch.float32, kernels=NATIVE)
+
+    expected, before = all_of_them(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        with torch.device("meta"):
+            found = all_of_them()
+    finally:
+        torch.set_default_dtype(before)
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.dtype == torch.float32
+        assert torch.equal(mine, other)
 
 
 @compiled
