@@ -130,6 +130,7 @@ def _at_one_commit(agreement: Agreement, name: Any, kwargs: dict[str, Any]) -> d
 def _download(name: Any, kwargs: dict[str, Any]) -> str | None:
     """Bring what loading will need of a Hub repository into the cache; its commit."""
     from ..loading.checkpoint import open_checkpoint
+    from ..loading.gguf import gguf_headers
     from ..loading.source import HUB_ARGUMENTS
     from .origin import Origin
 
@@ -138,7 +139,7 @@ def _download(name: Any, kwargs: dict[str, Any]) -> str | None:
     for file in ("config.json", "generation_config.json"):
         source.find(file)
     if origin.gguf_file is not None:
-        source.fetch([origin.gguf_file])
+        gguf_headers(source, origin.gguf_file)  # which brings all files of one in parts
     elif origin.state_dict is None:
         open_checkpoint(source, variant=origin.variant, use_safetensors=origin.use_safetensors)
     return source.commit
