@@ -521,8 +521,15 @@ def test_clients_that_cannot_be_watched(hub: Any, repo: Any, monkeypatch: pytest
 
 def test_arrivals_that_nobody_waits_for_are_not_downloaded(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    with arrivals.Arrivals({path: None}, lambda *_: pytest.fail("downloaded")) as coming:  # type: ignore[dict-item]
+    asked: list[Path] = []
+
+    def download(file: Path, watch: Callable[[], None]) -> Path:
+        asked.append(file)
+        return file
+
+    with arrivals.Arrivals({path: None}, download) as coming:  # type: ignore[dict-item]
         coming.wait(tmp_path / "another")
+    assert asked == []
 
 
 def test_a_failure_elsewhere_wakes_who_waits(tmp_path: Path) -> None:
