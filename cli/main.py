@@ -110,9 +110,7 @@ def _place(command: argparse.ArgumentParser) -> None:
     command.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     command.add_argument("--subfolder", default="", help="folder of the checkpoint inside NAME")
     command.add_argument("--variant", help="as in model.VARIANT.safetensors")
-    command.add_argument("--cache-dir", metavar="DIR", help="cache of Hub repositories")
-    command.add_argument("--local-files-only", action="store_true", help="use the cache, do not reach for the Hub")
-    _code(command)
+    _hub(command)
     command.add_argument("--dtype", help="float32, bfloat16, ... (default: what config.json says)")
     command.add_argument(
         "--device-map",
@@ -129,8 +127,10 @@ def _place(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _code(command: argparse.ArgumentParser) -> None:
-    """The options that let a repository's own code run."""
+def _hub(command: argparse.ArgumentParser) -> None:
+    """The options that say how the Hub is reached, and let a repository's own code run."""
+    command.add_argument("--cache-dir", metavar="DIR", help="cache of Hub repositories")
+    command.add_argument("--local-files-only", action="store_true", help="use the cache, do not reach for the Hub")
     command.add_argument("--trust-remote-code", action="store_true", help="run the repository's own code, if any")
     command.add_argument("--code-revision", metavar="REV", help="branch, tag or commit of that code")
 
@@ -198,9 +198,7 @@ def _quantize(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-shard-size", default="50GB", metavar="SIZE", help="default %(default)s")
     command.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     command.add_argument("--variant", help="as in model.VARIANT.safetensors, of SRC")
-    command.add_argument("--cache-dir", metavar="DIR", help="cache of Hub repositories")
-    command.add_argument("--local-files-only", action="store_true", help="use the cache, do not reach for the Hub")
-    _code(command)
+    _hub(command)
 
 
 def _convert(command: argparse.ArgumentParser) -> None:
@@ -219,9 +217,7 @@ def _convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     command.add_argument("--subfolder", default="", help="folder of the checkpoint inside SRC")
     command.add_argument("--variant", help="as in model.VARIANT.safetensors, of SRC")
-    command.add_argument("--cache-dir", metavar="DIR", help="cache of Hub repositories")
-    command.add_argument("--local-files-only", action="store_true", help="use the cache, do not reach for the Hub")
-    _code(command)
+    _hub(command)
 
 
 def _tune(command: argparse.ArgumentParser) -> None:

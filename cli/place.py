@@ -8,8 +8,8 @@ from typing import Any
 
 from ..errors import DeviceMapError
 from ..loading.source import Source, resolve_source
-from ..models.configuration import read_config_file
-from ..registry.choice import architecture_for, trust_of
+from ..registry.auto import row_for
+from ..registry.choice import trust_of
 from ..registry.table import Architecture
 
 DEMO = Path(__file__).parent.parent / "models" / "demo"
@@ -20,13 +20,7 @@ def source_of(arguments: argparse.Namespace) -> Source:
     """The checkpoint that NAME and the options beside it mean; without NAME the embedded model."""
     if arguments.name is None:
         return resolve_source(DEMO, subfolder=arguments.subfolder)
-    return resolve_source(
-        arguments.name,
-        cache_dir=arguments.cache_dir,
-        local_files_only=arguments.local_files_only,
-        revision=arguments.revision,
-        subfolder=arguments.subfolder,
-    )
+    return resolve_source(arguments.name, **hub_options(arguments), subfolder=arguments.subfolder)
 
 
 def memory_of(arguments: argparse.Namespace) -> dict[Any, str] | None:
@@ -48,11 +42,7 @@ def architecture_at(source: Source, arguments: argparse.Namespace) -> Architectu
     """What serves a checkpoint: its repository's own code where ``--trust-remote-code`` says so."""
     hub = hub_options(arguments)
     trust = trust_of(arguments.trust_remote_code, arguments.code_revision, hub, arguments.revision)
-    if (gguf_file := getattr(arguments, "gguf_file", None)) is not None:
-        from ..models.gguf import read_gguf_config
-
-        return architecture_for(source, read_gguf_config(source, gguf_file), trust)
-    return architecture_for(source, read_config_file(source.require("config.json")), trust)
+    return row_for(source, None, hub, trust, getattr(arguments, "gguf_file", None))
 
 
 def split_gguf(arguments: argparse.Namespace) -> None:

@@ -14,19 +14,14 @@ from ..quant.config import BitsAndBytesConfig
 from ..quant.weight_only import WeightOnlyConfig
 from ..registry.remote_class import own_model_class
 from .output import Output, listed, print_json
-from .place import architecture_at
+from .place import architecture_at, hub_options
 from .progress import progress
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the checkpoint and print what came of it."""
     config = config_of(arguments)
-    source = resolve_source(
-        arguments.source,
-        cache_dir=arguments.cache_dir,
-        local_files_only=arguments.local_files_only,
-        revision=arguments.revision,
-    )
+    source = resolve_source(arguments.source, **hub_options(arguments))
     model_class = own_model_class(architecture_at(source, arguments))
     started = time.perf_counter()
     made = quantize_checkpoint(

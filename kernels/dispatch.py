@@ -46,8 +46,10 @@ def declare(operation: str, torch_function: Callable[..., Any], triton_home: str
         _TRITON_HOMES[operation] = triton_home
 
 
-def declare_native(operation: str, function: Callable[..., Any], supports: Supports) -> None:
-    """Give a declared operation its compiled form, which runs where `native.why_not` finds nothing against it."""
+def declare_native(operation: str, function: Callable[..., Any], supports: Supports | None = None) -> None:
+    """Give a declared operation its compiled form, which runs where `native.why_not` finds nothing against it.
+
+    supports: as for `register_kernel`."""
     _TABLE[operation]["native"] = _Implementation(function, supports)
 
 

@@ -206,16 +206,17 @@ def linear_backward(decode: Callable[..., Tensor]) -> Callable[..., tuple[Tensor
     return backward
 
 
-def _declare(ending: str, decode: Callable[..., Tensor], forward: Callable[..., Tensor]) -> tuple[Any, Any]:
-    decoding = define(f"dequantize_4bit{ending}", decode, fake_decode)
+def define_both(form: str, decode: Callable[..., Tensor], forward: Callable[..., Tensor]) -> tuple[Any, Any]:
+    """The operations of decoding and of the product; ``form`` makes their names, as in "triton_{}"."""
+    decoding = define(form.format("dequantize_4bit"), decode, fake_decode)
     backward = linear_backward(decoding)
-    product = define(f"linear_4bit{ending}", forward, fake_linear, backward=backward, setup_context=keep_codes)
+    product = define(form.format("linear_4bit"), forward, fake_linear, backward=backward, setup_context=keep_codes)
     return decoding, product
 
 
-_torch_operations = _declare("", _torch_decode, _torch_forward)
+_torch_operations = define_both("{}", _torch_decode, _torch_forward)
 declare("dequantize_4bit", _torch_operations[0], "four_bit")
 declare("linear_4bit", _torch_operations[1], "four_bit")
-_native_operations = _declare("_native", _native_decode, _native_forward)
+_native_operations = define_both("{}_native", _native_decode, _native_forward)
 declare_native("dequantize_4bit", _native_operations[0], native.supports_dequantize_4bit)
 declare_native("linear_4bit", _native_operations[1], native.supports_linear_4bit)

@@ -48,8 +48,4 @@ def fake_scales(codes: Tensor, absmax: Tensor, code: Tensor, offset: float, bloc
 
 
 declare("dequantize_absmax", define("dequantize_absmax", _torch_form, fake_scales), "scales")
-declare_native(
-    "dequantize_absmax",
-    define("dequantize_absmax_native", native.dequantize_absmax, fake_scales),
-    native.supports_dequantize_absmax,
-)
+declare_native("dequantize_absmax", define("dequantize_absmax_native", native.dequantize_absmax, fake_scales))

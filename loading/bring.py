@@ -64,9 +64,7 @@ def pieces_of(move: Move, itemsize: int) -> Iterator[tuple[int, int]]:
 
 
 def equal(one: Move, other: Move, files: Files) -> bool:
-    """Whether two weights, of which one at least has `Values`, will be equal once loaded."""
-    if one.entry.shape != other.entry.shape or one.dtype != other.dtype:
-        return False
+    """Whether two weights of one shape and dtype, of which one at least has `Values`, will be equal once loaded."""
     first, second = one.entry.values, other.entry.values
     if first is not None and second is not None and first.home is not None and first.home == second.home:
         left, right = first.ready(one.entry, files), second.ready(other.entry, files)
@@ -82,7 +80,7 @@ def equal(one: Move, other: Move, files: Files) -> bool:
 
 def _fill(room: Sequence[tuple[Move, torch.Tensor]], files: Files, watch: Watch | None) -> None:
     """Bring the values of moves into contiguous tensors on their devices, in pieces, by a few threads."""
-    from .workers import one_thread_each, run_all, threads_for
+    from .workers import run_all, threads_for
 
     populate = Populator()
 
@@ -101,5 +99,4 @@ def _fill(room: Sequence[tuple[Move, torch.Tensor]], files: Files, watch: Watch 
         return (end - begin) * move.entry.dtype.itemsize
 
     work = sum(tensor.numel() * tensor.element_size() for _, tensor in room)
-    with one_thread_each():
-        run_all(jobs(), fill, threads=threads_for(-(-work // (64 * _PIECE))), watch=watch, abandon=files.abandon)
+    run_all(jobs(), fill, threads=threads_for(-(-work // (64 * _PIECE))), watch=watch, abandon=files.abandon)

@@ -47,9 +47,8 @@ def budget(max_memory: MaxMemory | None, *, must_exist: bool = True) -> Budget:
     ``must_exist=False``: accelerators that are not on this machine may be named.
     Raises DeviceMapError for other keys and sizes.
     """
-    free_cpu = int(cpu_available() * SHARE)
     if max_memory is None:
-        return Budget(_accelerators_free(), free_cpu, None, {})
+        return Budget(_accelerators_free(), _cpu_free(), None, {})
     if not isinstance(max_memory, Mapping) or not max_memory:
         raise DeviceMapError(f"max_memory must map devices to sizes, {_EXAMPLE}, not {max_memory!r}")
     given: dict[str | torch.device, int] = {}
@@ -60,8 +59,12 @@ def budget(max_memory: MaxMemory | None, *, must_exist: bool = True) -> Budget:
         given[place] = parse_size(size, f"max_memory[{key!r}]")
     devices = [place for place in given if isinstance(place, torch.device)]
     devices.sort(key=lambda device: (device.type, device.index or 0))
-    cpu, disk = given.get("cpu", free_cpu), given.get("disk")
-    return Budget({device: given[device] for device in devices}, cpu, disk, given)
+    cpu = given["cpu"] if "cpu" in given else _cpu_free()
+    return Budget({device: given[device] for device in devices}, cpu, given.get("disk"), given)
+
+
+def _cpu_free() -> int:
+    return int(cpu_available() * SHARE)
 
 
 def _place(key: Any, must_exist: bool) -> str | torch.device:

@@ -105,7 +105,7 @@ def _check_names(found: Mapping[str, Place], tree: Tree) -> None:
 
 def _check_cover(placement: Placement, tree: Tree) -> None:
     """Every weight needs a device; transient buffers may be left out, they are recomputed."""
-    bare = [name for name in tree.weights if placement.find(name) is None] if placement.table else list(tree.weights)
+    bare = [name for name in tree.weights if placement.find(name) is None]
     if bare or not placement.table:
         raise DeviceMapError(
             f"device_map gives no device for {len(bare)} weights: {_listed(bare)}; add their modules, or '' for all"

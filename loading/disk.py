@@ -78,7 +78,7 @@ def give_back(tensors: Iterable[torch.Tensor]) -> int:
     pages = _pagemap()
     if pages < 0:
         return 0
-    for run in _runs([(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors if tensor.nbytes]):
+    for run in _runs(tensors):
         whole = (run[0][0], run[-1][1])
         # Neighbours in a file are looked at together; if any was written to, one by one.
         clean = [whole] if _clean(pages, whole) else [part for part in run if len(run) > 1 and _clean(pages, part)]
@@ -90,12 +90,13 @@ def give_back(tensors: Iterable[torch.Tensor]) -> int:
 
 def ask_for(tensors: Iterable[torch.Tensor]) -> None:
     """Let the system begin to read the pages under mapped tensors that are not in its memory."""
-    for run in _runs([(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors if tensor.nbytes]):
+    for run in _runs(tensors):
         advise_range(run[0][0] // PAGE * PAGE, -(-run[-1][1] // PAGE) * PAGE, WILLNEED)
 
 
-def _runs(ranges: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Ranges of addresses, those together that leave less than a page between them."""
+def _runs(tensors: Iterable[torch.Tensor]) -> list[list[tuple[int, int]]]:
+    """The addresses of tensors, those together that leave less than a page between them."""
+    ranges = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors if tensor.nbytes]
     runs: list[list[tuple[int, int]]] = []
     for begin, end in sorted(set(ranges)):
         if runs and begin - runs[-1][-1][1] < PAGE:

@@ -92,11 +92,10 @@ class _Dispatch:
             home, inside = self._device_of_block(module), True
         found = set()
         for name, slot in self.slots.get(id(module), ()):
-            place = self.placement.find(name)
-            if place is not None and place != DISK and place.type != "cpu":
-                device = place
-            else:
-                device = CPU if place is not None and not inside and _is_looked_up(slot.module) else home
+            device = self.placement.accelerator_of(name)
+            if device is None:
+                placed = self.placement.find(name) is not None
+                device = CPU if placed and not inside and _is_looked_up(slot.module) else home
             self.used_on[name] = device
             found.add(device)
         for child in module.children():
@@ -108,9 +107,8 @@ class _Dispatch:
         """Where a block's offloaded weights go: to the accelerator that holds the first of it, else the main device."""
         for module in block.modules():
             for name, _slot in self.slots.get(id(module), ()):
-                place = self.placement.find(name)
-                if place is not None and place != DISK and place.type != "cpu":
-                    return place
+                if (device := self.placement.accelerator_of(name)) is not None:
+                    return device
         return self.main
 
     def _freeze_and_pin(self) -> None:

@@ -90,10 +90,6 @@ class Files:
             return self._on(self.raw(entry.file, start, entry.offset + end * size), entry.dtype, (end - begin,))
         return self.read(entry, begin, torch.empty(end - begin, dtype=entry.dtype, device="cpu"))
 
-    def octets(self, file: Path, begin: int, end: int) -> torch.Tensor:
-        """Bytes of a mapped file, as uint8."""
-        return self._on(self.raw(file, begin, end), torch.uint8, (end - begin,))
-
     def read(self, entry: TensorEntry, begin: int, target: torch.Tensor) -> torch.Tensor:
         """Fill a contiguous CPU tensor of the same dtype with the elements from ``begin`` on; returns it.
 

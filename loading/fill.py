@@ -16,7 +16,7 @@ from .arena import HUGE, Populator
 from .files import Files
 from .header import TensorEntry
 from .plan import Move
-from .workers import Watch, cores, one_thread_each, run_all, threads_for
+from .workers import Watch, cores, run_all, threads_for
 
 PIECE = 4 * HUGE  # bytes that a thread fills at a time, in the file or at the destination, whichever is more
 BUFFER = 1 << 20  # bytes read before they are cast, where files are not mapped: they should fit a processor's cache
@@ -41,14 +41,13 @@ def fill(
     work = sum(room[move.target].nbytes for move in moves)
     shares = -(-work // (2 * PIECE))
     filler = Filler(files)
-    with one_thread_each():
-        run_all(
-            pieces(files.in_order(moves), room, files),
-            filler,
-            threads=min(max(WAITERS, cores()), shares) if waiting else threads_for(shares),
-            watch=watch,
-            abandon=files.abandon,
-        )
+    run_all(
+        pieces(files.in_order(moves), room, files),
+        filler,
+        threads=min(max(WAITERS, cores()), shares) if waiting else threads_for(shares),
+        watch=watch,
+        abandon=files.abandon,
+    )
 
 
 def pieces(moves: Iterator[Move], room: Mapping[str, torch.Tensor], files: Files) -> Iterator[Piece]:

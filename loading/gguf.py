@@ -86,13 +86,11 @@ def decode(octets: torch.Tensor, kind: Kind) -> torch.Tensor:
     quants = _package()
     import numpy  # gguf needs it too
 
-    name = getattr(quants.GGMLQuantizationType, kind.name, None)
     try:
-        if name is None:
-            raise NotImplementedError
+        known = quants.GGMLQuantizationType[kind.name]
         with numpy.errstate(all="ignore"):  # blocks of any bytes have values; not all of them are numbers
-            numbers = quants.dequantize(octets.numpy().reshape(1, -1), name)
-    except NotImplementedError:
+            numbers = quants.dequantize(octets.numpy().reshape(1, -1), known)
+    except (KeyError, NotImplementedError):
         raise FormatError(
             f"the installed package gguf cannot decode {kind.name}; upgrade it (pip install -U gguf)"
         ) from None
@@ -141,7 +139,7 @@ def gguf_headers(source: Source, filename: str) -> list[GGUFHeader]:
     return headers
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=64)
 def _header_of(path: Any, stamp: FileStamp) -> GGUFHeader:
     """One header, remembered while its file stays the same: configuration and weights both ask for it."""
     return read_gguf_header(path)
@@ -159,11 +157,10 @@ def gguf_entry(header: GGUFHeader, tensor: GGUFTensor, name: str, order: RowOrde
     if order is not None and len(tensor.shape) == 1 and tensor.kind.block > 1:
         raise FormatError(f"{header.file}: tensor {tensor.name!r} is a vector in blocks of {tensor.kind.name}")
     dtype = _PLAIN.get(tensor.kind.name)
-    count = tensor.nbytes // tensor.kind.nbytes * tensor.kind.block
     if dtype is not None and order is None and tensor.begin % dtype.itemsize == 0:
         return TensorEntry(name, dtype, tensor.shape, header.file, tensor.begin, tensor.nbytes)
     made = dtype or torch.float32
-    return TensorEntry(name, made, tensor.shape, header.file, -1, count * made.itemsize, Blocks(tensor, order))
+    return TensorEntry(name, made, tensor.shape, header.file, -1, tensor.numel * made.itemsize, Blocks(tensor, order))
 
 
 def gguf_checkpoint(name: str, headers: Sequence[GGUFHeader], entries: Mapping[str, TensorEntry]) -> Checkpoint:

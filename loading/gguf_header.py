@@ -74,6 +74,11 @@ class GGUFTensor(NamedTuple):
     begin: int
     nbytes: int
 
+    @property
+    def numel(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
 
 class GGUFHeader(NamedTuple):
     """Metadata (numbers, booleans, texts, `Array`) and tensors, in the order of their bytes, of one file."""

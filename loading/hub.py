@@ -76,13 +76,16 @@ class HubOptions:
         )
         return Path(path)
 
-    def place(self, repo_id: str, filename: str, commit: str) -> Path:
-        """Where the cache has the file, or would have it."""
+    def folder(self, repo_id: str) -> Path:
+        """The repository's place in the cache."""
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
-        folder = Path(self.cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
-        return folder / "snapshots" / commit / self.inside(filename)
+        return Path(self.cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
+
+    def place(self, repo_id: str, filename: str, commit: str) -> Path:
+        """Where the cache has the file, or would have it."""
+        return self.folder(repo_id) / "snapshots" / commit / self.inside(filename)
 
 
 @dataclass
@@ -321,10 +324,7 @@ def _ask_commit(repo_id: str, revision: str, options: HubOptions) -> str:
 
 def _cached_commit(repo_id: str, revision: str, options: HubOptions) -> str:
     """The commit that the cache holds for a branch or tag; no request."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    folder = Path(options.cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
+    folder = options.folder(repo_id)
     begun = _commit_of_short(folder, revision)
     try:
         commit = begun or (folder / "refs" / revision).read_text(errors="replace").strip()

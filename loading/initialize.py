@@ -35,10 +35,11 @@ def initialize_missing(
             f"{', '.join(names[:12])}"
         )
     slots = {name: tree.weights[name] for name in names}
-    on_cpu = [slot.tensor.nbytes for name, slot in slots.items() if placement.device_of(name, slot).type == "cpu"]
+    devices = {name: placement.device_of(name, slot) for name, slot in slots.items()}
+    on_cpu = [slot.tensor.nbytes for name, slot in slots.items() if devices[name].type == "cpu"]
     check_memory(sum(on_cpu), f"initialising the {len(on_cpu)} weights that are not in the checkpoint")
     for name, slot in slots.items():
-        blank = _blank(slot.tensor, placement.device_of(name, slot))
+        blank = _blank(slot.tensor, devices[name])
         slot.put(nn.Parameter(blank, requires_grad=slot.tensor.requires_grad) if slot.is_parameter else blank)
     with torch.no_grad():
         for path, module in _concerned(model, names):
@@ -54,8 +55,8 @@ def initialize_missing(
                 raise InitializationError(f"initialising replaced {path!r} by a module with a weight {added!r} more")
     for name, slot in slots.items():  # persistent buffers that a file lacks
         if not slot.is_parameter and callable(getattr(slot.module, "reset_buffers", None)):
-            _reset(name.rpartition(".")[0], slot.module, placement.device_of(name, slot))
-    return {name: _checked(name, slot, placement.device_of(name, slot)) for name, slot in slots.items()}
+            _reset(name.rpartition(".")[0], slot.module, devices[name])
+    return {name: _checked(name, slot, devices[name]) for name, slot in slots.items()}
 
 
 def _concerned(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:

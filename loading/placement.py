@@ -75,10 +75,14 @@ class Placement(NamedTuple):
         place = self.place_of(name, slot)
         return CPU if place == DISK else place
 
+    def accelerator_of(self, name: str) -> torch.device | None:
+        """The accelerator on which something lives; None for the CPU, the disk, and what the map does not reach."""
+        place = self.find(name)
+        return None if place is None or place == DISK or place.type == "cpu" else place
+
     def runs_on(self, name: str) -> torch.device:
         """Where a module, parameter or buffer is used; what the map does not reach is used on the main device."""
-        place = self.find(name)
-        return self.main_device if place is None or place == DISK or place.type == "cpu" else place
+        return self.accelerator_of(name) or self.main_device
 
     def buffer_device(self, name: str) -> torch.device:
         """Where a buffer lives that no file holds."""

@@ -18,7 +18,7 @@ from .files import Files
 from .header import TensorEntry
 from .plan import Move, Plan
 from .tree import Tree
-from .workers import Watch, one_thread_each, run_all, threads_for
+from .workers import Watch, run_all, threads_for
 
 _WORTH_A_THREAD = 4 << 20  # bytes
 _TOGETHER = 4  # tensors at a time, for the memory that each needs
@@ -100,7 +100,6 @@ def quantize_on_cpu(moves: Sequence[Move], tree: Tree, files: Files, watch: Watc
         return entry.nbytes
 
     work = sum(move.entry.nbytes for move in moves)
-    with one_thread_each():
-        threads = threads_for(min(_TOGETHER, len(moves), -(-work // _WORTH_A_THREAD)))
-        run_all(jobs(), do, threads=threads, watch=watch, abandon=files.abandon)
+    threads = threads_for(min(_TOGETHER, len(moves), -(-work // _WORTH_A_THREAD)))
+    run_all(jobs(), do, threads=threads, watch=watch, abandon=files.abandon)
     return tensors

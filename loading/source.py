@@ -163,7 +163,8 @@ def resolve_source(
     name = os.fspath(name_or_path)
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise RepoIdError(f"{name!r} is neither a directory nor a Hub repository id such as 'org/name'")
-    subfolder, checked = _check_subfolder(subfolder), checked_proxies(proxies)
+    subfolder = _check_subfolder(subfolder)
+    checked_proxies(proxies)  # also for a directory, where they have no effect
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):
         if wants_check(verify):
@@ -178,7 +179,7 @@ def resolve_source(
         cache_dir=cache_dir,
         force_download=force_download,
         local_files_only=local_files_only,
-        proxies=dict(checked),
+        proxies=proxies,
         token=token,
         revision=revision,
         subfolder=subfolder,

@@ -74,11 +74,11 @@ def stream(plan: Plan, checkpoint: Checkpoint, watch: Watch | None = None, way: 
     its header was read, ReadError if the system cannot read it; no thread and no open file is left.
     """
     with Files(checkpoint, mapped=way.mapped) as files:
-        tied, dropped = confirm_ties(plan, files)
-        moves = [move for move in plan.moves if move.target not in dropped and move.entry.values is None]
+        tied = confirm_ties(plan, files)
+        moves = [move for move in plan.moves if move.target not in tied and move.entry.values is None]
         groups = _grouped(moves, way)
         tensors = _fresh(groups.filled, files, watch, way)
-        made = _made([move for move in plan.moves if move.target not in dropped and move.entry.values], files, watch)
+        made = _made([move for move in plan.moves if move.target not in tied and move.entry.values], files, watch)
         tensors.update(made.tensors)
         if groups.packed:
             from .quantize import quantize_on_cpu
@@ -148,10 +148,10 @@ def _fresh(moves: Sequence[Move], files: Files, watch: Watch | None, way: Way) -
     return room
 
 
-def confirm_ties(plan: Plan, files: Files) -> tuple[dict[str, str], set[str]]:
-    """Ties whose two weights are equal in the checkpoint, and the targets that need not be loaded for it."""
+def confirm_ties(plan: Plan, files: Files) -> dict[str, str]:
+    """Ties whose two weights are equal in the checkpoint; their targets need not be loaded."""
     if not plan.compare:
-        return {}, set()
+        return {}
     moves = {move.target: move for move in plan.moves}
     tied: dict[str, str] = {}
     for target, source in plan.compare.items():
@@ -166,7 +166,7 @@ def confirm_ties(plan: Plan, files: Files) -> tuple[dict[str, str], set[str]]:
                 target,
                 source,
             )
-    return tied, set(tied)
+    return tied
 
 
 def _equal(one: Move, other: Move, files: Files) -> bool:

@@ -24,7 +24,7 @@ from .save import CONFIG_NAME, WeightNames, index_text, parse_size, plan_shards,
 from .source import check_filename
 from .stream import PIECE, confirm_ties
 from .workers import one_thread_each
-from .writer import header_bytes, pieces_of, sync, tensor_bytes
+from .writer import header_bytes, laid_out, pieces_of, sync, tensor_bytes
 
 _METADATA = {"format": "pt"}
 _SPARE = 1 << 20  # bytes on the disk, for what is not weights
@@ -113,8 +113,7 @@ class _Work:
         self, plan: Plan, checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], ties: Collection[str]
     ) -> None:
         self.files = Files(checkpoint)
-        confirmed, _ = confirm_ties(plan, self.files)
-        roots = {**plan.tied, **confirmed}
+        roots = {**plan.tied, **confirm_ties(plan, self.files)}
         self.plain = {move.target: move for move in plan.moves if move.packing is None}
         self.makers = {name: move for move in plan.moves if move.packing for name in move.packing.makes.values()}
         self.loose = {
@@ -179,7 +178,7 @@ def _write_shard(
     Tensors lie in the file by item size, and come in the order of the layers: each is written where it belongs. From
     the first one on whose size only its values decide, and whose items are bytes, they follow each other.
     """
-    ordered = sorted(shard.items(), key=lambda item: -item[1].element_size())
+    ordered = laid_out(shard)
     first_loose = next((place for place, (name, _) in enumerate(ordered) if name in work.loose), len(ordered))
     room = len(header_bytes(ordered, _METADATA))
     starts: dict[str, int] = {}

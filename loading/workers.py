@@ -68,18 +68,19 @@ def run_all(
         work()
 
     helpers = [threading.Thread(target=help_out, name="loadstone-load", daemon=True) for _ in range(threads - 1)]
-    try:
-        for helper in helpers:
-            helper.start()
-        work()
-        for helper in helpers:
-            helper.join()
-    except BaseException as error:  # an interrupt between the steps
-        failures.append(error)
-        abandon()
-        raise
-    finally:
-        join(helpers)
+    with one_thread_each():
+        try:
+            for helper in helpers:
+                helper.start()
+            work()
+            for helper in helpers:
+                helper.join()
+        except BaseException as error:  # an interrupt between the steps
+            failures.append(error)
+            abandon()
+            raise
+        finally:
+            join(helpers)
     if failures:
         raise failures[0]
 

@@ -12,12 +12,12 @@ from torch import nn
 
 from ..loading.plan import Plan, make_plan
 from ..loading.source import Source
-from ..loading.transcode import Transcoded, transcode
+from ..loading.transcode import Transcoded
 from .causal_lm import CausalLM
 from .origin import Origin
-from .pretrained import declarations, generation_config_of
+from .pretrained import declarations
 from .preview import Preview, preview
-from .transcode import beside_of, check_target
+from .transcode import check_target, rewrite
 
 
 class Converted(NamedTuple):
@@ -47,28 +47,11 @@ def convert(
     check_target(source, target)
     seen = preview(cls, source, dtype=dtype, origin=origin)
     plan = seen.plan if dtype is not None else _as_stored(seen)
-    model = seen.model
-    model.generation_config = generation_config_of(None, source, seen.config)
-    total, done = sum(move.entry.nbytes for move in plan.moves), 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        watch(done, total)
-
-    written = transcode(
-        plan,
-        seen.checkpoint,
-        model.state_dict(),
-        target,
-        beside_of(model, source),
-        ties=tuple(model.active_ties()),
-        max_shard_size=max_shard_size,
-        watch=advance,
-    )
+    total = sum(move.entry.nbytes for move in plan.moves)
+    written, done = rewrite(seen, plan, source, target, total, max_shard_size, watch)
     if done < total:  # of weights that are one, only one was written
         watch(total, total)
-    return Converted(written, type(model).__name__, [file.name for file in seen.checkpoint.files])
+    return Converted(written, type(seen.model).__name__, [file.name for file in seen.checkpoint.files])
 
 
 def _as_stored(seen: Preview) -> Plan:

@@ -123,12 +123,12 @@ def _kept(auto_map: Any, config: Any) -> dict[str, Any]:
     """The references of other classes: whole ones as they are, the others with the repository of the configuration."""
     if not isinstance(auto_map, dict):
         return {}
-    ours = {getattr(type(config), "_auto_class", None)}
+    own = getattr(type(config), "_auto_class", None)
     repository = config.name_or_path if getattr(config, "_commit_hash", None) else None
     kept: dict[str, Any] = {}
     for name, reference in auto_map.items():
         parts = reference if isinstance(reference, list) else [reference]
-        if name in ours:
+        if name == own:
             continue
         if all(part is None or (isinstance(part, str) and (repository or "--" in part)) for part in parts):
             whole = [part if part is None or "--" in part else f"{repository}--{part}" for part in parts]

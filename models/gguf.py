@@ -172,7 +172,7 @@ class _Metadata:
             raise ConfigError(f"{self.file}: llama.block_count is {layers}, its tensors are of {len(there)} layers")
         kind = self._model_type(wanted)
         embedding = self.tensors.get("token_embd.weight")
-        largest = max(self.tensors.values(), key=lambda tensor: tensor.nbytes // tensor.kind.nbytes * tensor.kind.block)
+        largest = max(self.tensors.values(), key=lambda tensor: tensor.numel)
         dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(largest.kind.name, torch.float32)
         values: dict[str, Any] = {
             "model_type": kind,

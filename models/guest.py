@@ -13,7 +13,7 @@ only allocated in ``__init__`` is an error, so that none is ever garbage.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from .configuration import read_config_file
 from .fields import parse_dtype
 from .meta import CONSTRUCTORS, INITIALIZERS
 from .origin import Origin
+from .pretrained import NO_EFFECT, choose_dtype
 
 _META = torch.device("meta")
 
@@ -87,7 +88,7 @@ def load_guest(
     _check_plain(cls, config, quantization_config)
     origin = Origin(variant, use_safetensors, state_dict)
     checkpoint = origin.checkpoint(source)
-    final = _dtype(dtype if dtype is not None else torch_dtype, config, checkpoint.entries.values())
+    final = choose_dtype(dtype if dtype is not None else torch_dtype, config, checkpoint)
     config.dtype = final
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
@@ -131,7 +132,7 @@ def preview_guest(
     config = _configuration(config_class, source, None, {})
     _check_plain(cls, config, quantization_config)
     checkpoint = (origin or Origin(variant)).checkpoint(source)
-    config.dtype = _dtype(dtype, config, checkpoint.entries.values())
+    config.dtype = choose_dtype(dtype, config, checkpoint)
     model: Any = build_guest(cls, config, config.dtype)[0]
     plan = make_plan(
         model,
@@ -295,7 +296,7 @@ def guest_config(
 
 def _configuration(config_class: Any, source: Source, given: Any, changes: dict[str, Any]) -> Any:
     """The caller's configuration, copied, or the checkpoint's, with the caller's changes."""
-    for name in (*HUB_ARGUMENTS, "low_cpu_mem_usage", "offload_folder", "offload_state_dict"):
+    for name in (*HUB_ARGUMENTS, *NO_EFFECT):
         changes.pop(name, None)
     if given is None:
         config, unknown = guest_config(config_class, read_config_file(source.require("config.json")), changes)
@@ -306,15 +307,6 @@ def _configuration(config_class: Any, source: Source, given: Any, changes: dict[
         raise ArgumentError(f"from_pretrained got an unknown argument {name!r}{nearest(name, known)}")
     config.name_or_path, config._commit_hash = source.name, source.commit
     return config
-
-
-def _dtype(asked: Any, config: Any, entries: Iterable[Any]) -> torch.dtype:
-    """The dtype asked for; with None or "auto" the configuration's, else that of the first tensor."""
-    if asked is not None and asked != "auto":
-        return parse_dtype(asked)
-    if getattr(config, "dtype", None) is not None:
-        return parse_dtype(config.dtype)
-    return next((one.dtype for one in entries if one.dtype.is_floating_point), torch.get_default_dtype())
 
 
 def _set_generation(model: nn.Module, given: Any, source: Source) -> None:

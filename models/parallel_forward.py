@@ -89,7 +89,7 @@ def parallelize_forwards(model: nn.Module, styles: Mapping[str, Style], group: A
         elif style.name == "rowwise":
             made = _rowwise(module, plain, group)
         else:
-            copied = any(name.startswith(prefix) for prefix in shared)
+            copied = name.startswith(tuple(shared))
             made = _colwise(module, plain, group, style, copied)
             if style.name == "colwise_gather_output" and getattr(module, "bias", None) is None:
                 module.fused_loss = partial(torch.compiler.disable(_head_loss), module, group)

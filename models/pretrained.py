@@ -45,7 +45,7 @@ _LOAD_ARGUMENTS = (
     "device_mesh", "parallel",
 )  # fmt: skip
 # What they asked for is how loading works: nothing is built twice, and what is offloaded stays in its own files.
-_NO_EFFECT = ("low_cpu_mem_usage", "offload_folder", "offload_state_dict")
+NO_EFFECT = ("low_cpu_mem_usage", "offload_folder", "offload_state_dict")
 _NO_EFFECT_ON_SAVE = ("save_function",)  # how accelerate's loops had pickles written on the main process alone
 
 
@@ -85,7 +85,7 @@ def load_pretrained(
         )
     check_trust(trust_remote_code)  # of a class that is here: there is nothing to trust
     hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-    for name in _NO_EFFECT:
+    for name in NO_EFFECT:
         kwargs.pop(name, None)
     origin = Origin(variant, use_safetensors, state_dict, gguf_file)
     source = origin.source(name_or_path, hub, config)
@@ -193,12 +193,12 @@ def _unknown_argument(cls: type[CausalLM], name: str) -> ArgumentError:
     )
 
 
-def choose_dtype(asked: Any, config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+def choose_dtype(asked: Any, config: Any, checkpoint: Checkpoint) -> torch.dtype:
     """None and "auto": what config.json says, else the dtype of the first floating-point tensor of the checkpoint."""
     if asked is not None and asked != "auto":
         return parse_dtype(asked)
-    if config.dtype is not None:
-        return config.dtype
+    if (said := getattr(config, "dtype", None)) is not None:
+        return parse_dtype(said)
     floating = (entry.dtype for entry in checkpoint.entries.values() if entry.dtype.is_floating_point)
     return next(floating, torch.get_default_dtype())
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..errors import OffloadError, QuantizationError
-from ..loading.offload import is_offloaded
 from .configuration import PreTrainedConfig
 
 if TYPE_CHECKING:
@@ -65,6 +64,8 @@ def dequantize(model: CausalLM, dtype: torch.dtype | None = None) -> CausalLM:
     """See `CausalLM.dequantize`."""
     if model.hf_quantizer is None:
         raise QuantizationError(f"this {type(model).__name__} is not quantized; there is nothing to dequantize")
+    from ..loading.offload import is_offloaded
+
     if is_offloaded(model):
         raise OffloadError(
             "some weights of this model are offloaded, and decoded they would all have to be in memory; load the model "

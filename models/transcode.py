@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import PathError, QuantizationError
+from ..loading.plan import Plan
 from ..loading.source import LocalSource, Source
 from ..loading.transcode import Beside, Transcoded, transcode
 from .causal_lm import CausalLM
 from .pretrained import generation_config_of, texts_of
-from .preview import preview
+from .preview import Preview, preview
 
 # What tokenizers of the Hub are made of, and how chats are written for them.
 TOKENIZER_FILES = (
@@ -56,7 +57,24 @@ def quantize_checkpoint(
     if getattr(cls.config_class.from_pretrained(source), "quantization_config", None) is not None:
         raise QuantizationError(f"{source.name} is quantized already; quantize the checkpoint it was made from")
     seen = preview(cls, source, dtype=dtype, variant=variant, quantization_config=quantization_config)
-    model, total, done = seen.model, seen.checkpoint.total_bytes, 0
+    written, _ = rewrite(seen, seen.plan, source, target, seen.checkpoint.total_bytes, max_shard_size, watch)
+    model = seen.model
+    packed = seen.plan.tree.packed
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return Quantized(written, type(model).__name__, list(packed), [name for name in linear if name not in packed])
+
+
+def rewrite(
+    seen: Preview,
+    plan: Plan,
+    source: Source,
+    target: Path,
+    total: int,
+    max_shard_size: int | str,
+    watch: Callable[[int, int], None],
+) -> tuple[Transcoded, int]:
+    """Write what ``plan`` makes of the source; what was written, and of how many bytes ``watch`` has heard."""
+    model, done = seen.model, 0
     model.generation_config = generation_config_of(None, source, seen.config)
 
     def advance(count: int) -> None:
@@ -65,21 +83,19 @@ def quantize_checkpoint(
         watch(done, total)
 
     written = transcode(
-        seen.plan,
+        plan,
         seen.checkpoint,
         model.state_dict(),
         target,
-        beside_of(model, source),
+        _beside(model, source),
         ties=tuple(model.active_ties()),
         max_shard_size=max_shard_size,
         watch=advance,
     )
-    packed = seen.plan.tree.packed
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    return Quantized(written, type(model).__name__, list(packed), [name for name in linear if name not in packed])
+    return written, done
 
 
-def beside_of(model: CausalLM, source: Source) -> Beside:
+def _beside(model: CausalLM, source: Source) -> Beside:
     """The other files of a checkpoint: what saving the model writes, and the source's tokenizer."""
     copies = {name: path for name in TOKENIZER_FILES if (path := source.find(name)) is not None}
     return Beside(texts_of(model), copies)

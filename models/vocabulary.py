@@ -37,9 +37,8 @@ def resize_token_embeddings(
         _resize(model, embedding, size, mean_resizing)
         if not tied:
             _resize(model, head, size, mean_resizing)
-    for module in (embedding, head):
-        module.__dict__["num_embeddings" if module is embedding else "out_features"] = size
-    if getattr(embedding, "padding_idx", None) is not None and embedding.padding_idx >= size:
+    embedding.num_embeddings = head.out_features = size
+    if embedding.padding_idx is not None and embedding.padding_idx >= size:
         embedding.padding_idx = None
     model.config.vocab_size = size
     model.tie_weights()

@@ -184,7 +184,7 @@ class AutoModelForCausalLM:
         with collector_paused():
             from .remote_class import loader_of
 
-            load = loader_of(_row_for(source, config, {**hub, "token": token}, trust, gguf_file))
+            load = loader_of(row_for(source, config, {**hub, "token": token}, trust, gguf_file))
             return load(
                 source,
                 *model_args,
@@ -267,7 +267,7 @@ def _read_config(given: Any, hub: dict[str, Any], gguf_file: str | None = None) 
     return source.name, source, read_config_file(source.require("config.json"))
 
 
-def _row_for(
+def row_for(
     source: Source, config: Any, hub: dict[str, Any], trust: Trust, gguf_file: str | None
 ) -> table.Architecture:
     """The row for a checkpoint whose configuration is ``config``: an object, where to read one, None for its own."""

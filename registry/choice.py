@@ -18,8 +18,6 @@ from ..models.adapters.source import AdaptedSource
 from ..models.custom_code import check_trust, code_of
 from . import auto_map, table
 from .auto_map import CONFIG, MODEL, Reference
-from .refusal import refused
-from .remote_package import load_class
 from .table import Architecture
 
 if TYPE_CHECKING:
@@ -78,6 +76,8 @@ def architecture_for(source: Source, values: dict[str, Any], trust: Trust, wante
         return table.lookup(model_type)
     except UnsupportedModelError as error:
         if isinstance(named, dict) and not trust.allowed and (CONFIG in named or MODEL in named):
+            from .refusal import refused
+
             raise refused(source.name, source, model_type, named, wanted, trust.code_revision) from None
         keys = ", ".join(map(repr, named)) if isinstance(named, dict) else ""
         others = f"; its auto_map serves {keys}, not {wanted}" if keys else ""
@@ -99,6 +99,8 @@ def architecture_of_object(config: PreTrainedConfig, source: Source | None, trus
         try:
             return table.architecture_of(config)
         except UnsupportedModelError:
+            from .refusal import refused
+
             raise refused(name, source, config.model_type, own, MODEL, trust.code_revision) from None
     beside = code_of(type(config))
     if beside is not None and trust.code_revision is None:
@@ -165,6 +167,8 @@ class _Remote(Architecture):
         return checked_model(*self._load(MODEL))
 
     def _load(self, wanted: str) -> tuple[type, Reference, CodeFiles]:
+        from .remote_package import load_class
+
         reference = auto_map.parse_reference(self.references[wanted])
         code = self.read or self._collect(reference)
         _tell(code, reference, self.trust)

@@ -11,7 +11,7 @@ from ..loading.checkpoint import INDEX, SINGLE, with_variant
 from ..loading.pickled import INDEX as PICKLED_INDEX
 from ..loading.pickled import SINGLE as PICKLED
 from ..loading.source import HUB_ARGUMENTS, Source, resolve_source
-from .auto import _row_for
+from .auto import row_for
 from .choice import trust_of
 from .remote_class import own_model_class
 
@@ -66,7 +66,7 @@ def convert_checkpoint(
     source = resolve_source(name_or_path, **hub)  # an adapter alone is no checkpoint to convert: it has no config.json
     if gguf_file is None and use_safetensors is None and _only_pickled(source, variant):
         origin = origin._replace(use_safetensors=False)
-    row = _row_for(source, None, hub, trust_of(trust_remote_code, code_revision, hub, hub.get("revision")), gguf_file)
+    row = row_for(source, None, hub, trust_of(trust_remote_code, code_revision, hub, hub.get("revision")), gguf_file)
     return convert(
         own_model_class(row),
         source,

@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..four_bit import fake_decode, fake_linear, keep_codes, linear_backward
-from ..library import define
+from ..four_bit import define_both
 from ..tuning import blocks
 from .flash_forward import precision
 from .launch import launch
@@ -124,10 +123,7 @@ def _splits(programs: int, steps: int, device: torch.device) -> int:
     return max(1, min(triton.cdiv(2 * processors(device), programs), steps // 2, _MOST_SPLITS))
 
 
-_decode_operation = define("triton_dequantize_4bit", _decode, fake_decode)
-_linear_operation = define(
-    "triton_linear_4bit", _forward, fake_linear, backward=linear_backward(_decode_operation), setup_context=keep_codes
-)
+_decode_operation, _linear_operation = define_both("triton_{}", _decode, _forward)
 
 
 def dequantize_4bit(

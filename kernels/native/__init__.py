@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ _SCALES_FOR_THREADS = 1 << 14
 _WIDTH = 32  # numbers that the loop takes at a time
 
 
-@lru_cache(maxsize=1)
+@cache
 def _find() -> tuple[ctypes.CDLL | None, str | None]:
     path = Path(__file__).parent / _LIBRARY
     if not path.is_file():
@@ -56,7 +56,7 @@ def why_not() -> str | None:
     return _find()[1]
 
 
-@lru_cache(maxsize=1)
+@cache
 def _warn() -> None:
     logger.warning("4-bit weights are decoded by torch on this CPU, for every token anew, which is slow: %s", why_not())
 
@@ -89,13 +89,6 @@ def _why_not_4bit(dtype: torch.dtype, blocksize: int) -> str | None:
     if dtype not in _DTYPES:
         return f"it is for fp32, bf16 and fp16, not {dtype}"
     return None if blocksize % _WIDTH == 0 else f"blocks of {blocksize} numbers are no multiple of {_WIDTH}"
-
-
-def supports_dequantize_absmax(
-    codes: Tensor, absmax: Tensor, code: Tensor, offset: float, blocksize: int
-) -> str | None:
-    """Why compiled code does not decode these scales: it decodes all."""
-    return None
 
 
 def dequantize_absmax(codes: Tensor, absmax: Tensor, code: Tensor, offset: float, blocksize: int) -> Tensor:

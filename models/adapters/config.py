@@ -121,7 +121,7 @@ def _asks(value: Any) -> bool:
 
 
 def _number(name: str, value: Any, low: float, high: float) -> None:
-    fits = type(value) in (int, float) and -_LARGEST <= value <= _LARGEST and low <= value <= high
+    fits = type(value) in (int, float) and low <= value <= high
     if not fits or (name == "lora_dropout" and value == 1):
         bounds = " from 0 to below 1" if name == "lora_dropout" else ""
         raise ConfigError(f"LoraConfig: {name} must be a finite number{bounds}, not {value!r}")
