@@ -14,6 +14,7 @@ import peak_memory
 import pytest
 import tiny
 import torch
+from commands import refused, tensors_of
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -52,13 +53,6 @@ def pickled(directory: Path, kind: str, shards: int = 1, zipped: bool = True, **
         weight_map |= dict.fromkeys(names[number::shards], file)
     (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return model
-
-
-def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in directory.glob("*.safetensors"):
-        found |= load_file(file)
-    return found
 
 
 def same_files(one: Path, other: Path) -> None:
@@ -202,12 +196,6 @@ def test_progress_counts_up_to_the_whole(tmp_path: Path) -> None:
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1][0] == seen[-1][1]
     assert len({total for _, total in seen}) == 1
-
-
-def refused(run: Any, says: str, *arguments: Any) -> None:
-    status, _, error = run(*arguments)
-    assert status == 2, error
-    assert says in error, error
 
 
 def test_targets_that_are_refused(tmp_path: Path, run: Any) -> None:

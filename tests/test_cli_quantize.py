@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from commands import refused, tensors_of
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -37,13 +38,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
 
 def bits4(kind: str = "nf4", **options: Any) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, **options)
-
-
-def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in directory.glob("*.safetensors"):
-        found |= load_file(file)
-    return found
 
 
 def same_tensors(one: Path, other: Path) -> None:
@@ -173,12 +167,6 @@ def test_a_checkpoint_is_replaced_as_a_whole(tmp_path: Path, run: Any) -> None:
     assert sorted(file.name for file in (tmp_path / "dst").iterdir()) == [
         "README.md", "config.json", "generation_config.json", "model.safetensors",
     ]  # fmt: skip
-
-
-def refused(run: Any, says: str, *arguments: Any) -> None:
-    status, _, error = run(*arguments)
-    assert status == 2, error
-    assert says in error, error
 
 
 def test_a_source_that_is_quantized(tmp_path: Path, run: Any) -> None:

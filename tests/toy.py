@@ -18,6 +18,17 @@ VOCAB, WIDTH, LAYERS = 11, 8, 12
 TIES = {"lm_head.weight": "model.embed.weight"}
 
 
+class Bag(nn.Module):
+    """Parameters of any names, shapes and dtypes, on meta."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            empty = torch.empty(tensor.shape, dtype=wanted, device="meta")
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=empty.is_floating_point()))
+
+
 class Rope(nn.Module):
     """Owns a buffer that is recomputed, never loaded."""
 

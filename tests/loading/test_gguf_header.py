@@ -10,6 +10,7 @@ from typing import Any
 import peak_memory
 import pytest
 import tiny
+from damage import damaged
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -229,22 +230,7 @@ def test_damaged_files_raise_typed_errors_or_read(
 ) -> None:
     entries = [entry("a", 8, text("text")), entry("b", 9, struct.pack("<IQ", 8, 2) + text("x") + text("yy")),
                entry("c", 9, struct.pack("<IQII", 4, 2, 7, 8)), entry("d", 7, b"\1")]  # fmt: skip
-    raw = bytearray(file_of(entries, [tensor("one", (32,), 8), tensor("two", (32,), 0, 64)], 64 + 128))
-    for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(st.integers(0, len(raw) - 1))
-        change = data.draw(st.sampled_from(("set", "flip", "insert", "remove", "number", "length")))
-        if change == "set":
-            raw[place] = data.draw(st.integers(0, 255))
-        elif change == "flip":
-            raw[place] ^= 1 << data.draw(st.integers(0, 7))
-        elif change == "insert":
-            raw[place:place] = data.draw(st.binary(max_size=8))
-        elif change == "number":
-            raw[place : place + 4] = struct.pack("<I", data.draw(st.integers(0, 2**32 - 1)))
-        elif change == "length":
-            raw[place : place + 8] = struct.pack("<Q", data.draw(st.sampled_from((0, 1, 2**31, 2**63, 2**64 - 1))))
-        else:
-            del raw[place : place + data.draw(st.integers(1, 8))]
+    raw = damaged(file_of(entries, [tensor("one", (32,), 8), tensor("two", (32,), 0, 64)], 64 + 128), data, "length")
     path = tmp_path_factory.mktemp("g") / "x.gguf"
     path.write_bytes(raw)
     said = str(path)

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 import toy
+from graphs import saved_tensors
 from sparse import llama_70b, sparse_checkpoint
 
 import loadstone
@@ -209,18 +210,9 @@ KEPT: list[torch.Tensor] = []
 
 def storages(node: Any) -> list[int]:
     """The memories that a graph will hand to its backward pass."""
-    found, seen, queue = [], set(), [node]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        queue.extend(parent for parent, _ in node.next_functions)
-        for name in dir(node):
-            if name.startswith("_saved_") and isinstance(value := getattr(node, name), torch.Tensor):
-                KEPT.append(value)
-                found.append(value.untyped_storage()._cdata)
-    return found
+    found = saved_tensors(node)
+    KEPT.extend(found)
+    return [tensor.untyped_storage()._cdata for tensor in found]
 
 
 @pytest.mark.parametrize("moment", ["before", "between"])

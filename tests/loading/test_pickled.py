@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import struct
 import subprocess
 import sys
 import zipfile
@@ -18,6 +17,7 @@ import pytest
 import tiny
 import torch
 import toy
+from damage import damaged
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -476,20 +476,7 @@ def test_damaged_files_raise_typed_errors_or_read(
     buffer = io.BytesIO()
     state = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(12.0).view(3, 4).t()}
     torch.save(state, buffer, _use_new_zipfile_serialization=zipped)
-    raw = bytearray(buffer.getvalue())
-    for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(st.integers(0, len(raw) - 1))
-        change = data.draw(st.sampled_from(("set", "flip", "insert", "remove", "number")))
-        if change == "set":
-            raw[place] = data.draw(st.integers(0, 255))
-        elif change == "flip":
-            raw[place] ^= 1 << data.draw(st.integers(0, 7))
-        elif change == "insert":
-            raw[place:place] = data.draw(st.binary(max_size=8))
-        elif change == "number":
-            raw[place : place + 4] = struct.pack("<I", data.draw(st.integers(0, 2**32 - 1)))
-        else:
-            del raw[place : place + data.draw(st.integers(1, 8))]
+    raw = damaged(buffer.getvalue(), data)
     path = tmp_path_factory.mktemp("p") / "x.bin"
     path.write_bytes(raw)
     said, found = str(path), {}

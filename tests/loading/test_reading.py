@@ -19,7 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny import examples
-from torch import nn
 
 from loadstone import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from loadstone.errors import ArgumentError, IntegrityError, ReadError
@@ -33,17 +32,6 @@ MOUNTS = """\
 30 22 0:25 / /proc rw - proc proc rw
 31 22 0:40 / {far} rw,nosuid shared:2 master:1 - {kind} server:/export rw
 """
-
-
-class Bag(nn.Module):
-    """Parameters of any shapes, on meta."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            empty = torch.empty(tensor.shape, dtype=wanted, device="meta")
-            self.register_parameter(name, nn.Parameter(empty, requires_grad=empty.is_floating_point()))
 
 
 @pytest.fixture
@@ -81,7 +69,7 @@ def test_any_tensors_are_read_bit_for_bit(tmp_path: Path, data: st.DataObject) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fill, "PIECE", data.draw(st.integers(8, 400)))
         patch.setattr(fill, "BUFFER", 8 * data.draw(st.integers(1, 9)))
-        model = Bag(tensors, target)
+        model = toy.Bag(tensors, target)
         report = load_into(model, toy.opened(tmp_path), strict=True, disable_mmap=True)
     for name, tensor in tensors.items():
         loaded = getattr(model, name).detach()
@@ -116,7 +104,7 @@ def test_nothing_is_mapped_on_request(tmp_path: Path, dtype: torch.dtype) -> Non
 def test_large_tensors_lie_in_huge_pages_and_survive_their_file(tmp_path: Path) -> None:
     tensors = {"big": torch.randn(2_500_001), "small": torch.randn(7)}
     save_file(tensors, tmp_path / "model.safetensors")
-    model = Bag(tensors)
+    model = toy.Bag(tensors)
     load_into(model, toy.opened(tmp_path), disable_mmap=True)
     assert model.big.data_ptr() % arena.HUGE == 0
     os.truncate(tmp_path / "model.safetensors", 10)
@@ -277,7 +265,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, change: str, disab
                 path.unlink()
         return original(self, piece)
 
-    model = Bag(tensors, torch.bfloat16)
+    model = toy.Bag(tensors, torch.bfloat16)
     checkpoint = toy.opened(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fill.Filler, "__call__", call)
@@ -304,7 +292,7 @@ def test_another_file_in_its_place_before_it_is_read(tmp_path: Path, disable_mma
 def test_an_interrupt_leaves_model_and_threads_as_they_were(tmp_path: Path, where: str, disable_mmap: bool) -> None:
     tensors = {f"t{number}": torch.randn(100_000) for number in range(20)}
     save_file(tensors, tmp_path / "model.safetensors")
-    model, main = Bag(tensors, torch.bfloat16), threading.main_thread()
+    model, main = toy.Bag(tensors, torch.bfloat16), threading.main_thread()
     before = dict(model.named_parameters())
     original = fill.Filler.__call__
 

@@ -28,17 +28,6 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-class Bag(nn.Module):
-    """Parameters of any names, shapes and dtypes, on meta."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            empty = torch.empty(tensor.shape, dtype=wanted, device="meta")
-            self.register_parameter(name, nn.Parameter(empty, requires_grad=empty.is_floating_point()))
-
-
 def digest(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.glob("*.safetensors")}
 
@@ -56,7 +45,7 @@ def test_any_tensors_of_any_dtype(tmp_path: Path, data: st.DataObject) -> None:
     target = data.draw(st.sampled_from([None, *FLOATS]))
     tensors = {f"t{number}": (torch.randn(shape) * 4).to(dtype) for number, (shape, dtype) in enumerate(spec)}
     save_file(tensors, tmp_path / "model.safetensors")
-    model = Bag(tensors, target)
+    model = toy.Bag(tensors, target)
     report = load_into(model, toy.opened(tmp_path), strict=True)
     for name, tensor in tensors.items():
         loaded = getattr(model, name)
@@ -86,7 +75,7 @@ def test_pieces_cover_all(tmp_path: Path, piece: int, threads: int, dtype: torch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fill, "PIECE", piece * target.itemsize)
         patch.setattr(workers, "cores", lambda: threads)
-        model = Bag(tensors, target)
+        model = toy.Bag(tensors, target)
         load_into(model, toy.opened(tmp_path))
     assert all(torch.equal(getattr(model, name), tensor.to(target)) for name, tensor in tensors.items())
 
@@ -94,7 +83,7 @@ def test_pieces_cover_all(tmp_path: Path, piece: int, threads: int, dtype: torch
 def test_large_tensors_are_cast_by_several_threads(tmp_path: Path) -> None:
     tensors = {"big": torch.randn(3_000_001).bfloat16(), "odd": torch.randn(1001, 701).bfloat16()}
     save_file(tensors, tmp_path / "model.safetensors")
-    model, threads = Bag(tensors, torch.float32), torch.get_num_threads()
+    model, threads = toy.Bag(tensors, torch.float32), torch.get_num_threads()
     load_into(model, toy.opened(tmp_path))
     assert torch.get_num_threads() == threads, "the global setting is put back"
     assert torch.equal(model.big, tensors["big"].float())
@@ -110,7 +99,7 @@ def test_tensors_not_aligned_in_their_file(tmp_path: Path, pad: int, target: tor
     header += b" " * (-len(header) % 8 + pad)
     raw = struct.pack("<Q", len(header)) + header + tensor.numpy().tobytes()
     (tmp_path / "model.safetensors").write_bytes(raw)
-    model = Bag({"a": tensor}, target)
+    model = toy.Bag({"a": tensor}, target)
     report = load_into(model, toy.opened(tmp_path))
     assert torch.equal(model.a.detach(), tensor.to(target))
     assert model.a.data_ptr() % target.itemsize == 0
@@ -199,7 +188,7 @@ def test_memory_of_a_cast_is_its_result_and_is_given_back_tensor_by_tensor(tmp_p
     count = 4 << 20
     tensors = {f"t{number}": torch.ones(count, dtype=torch.bfloat16) for number in range(4)}
     save_file(tensors, tmp_path / "model.safetensors")
-    model = Bag(tensors, torch.float32)
+    model = toy.Bag(tensors, torch.float32)
     del tensors
     gc.collect()
     before = anonymous_kb()
@@ -217,7 +206,7 @@ def test_memory_of_a_cast_is_its_result_and_is_given_back_tensor_by_tensor(tmp_p
 def test_mapping_takes_no_memory_of_its_own(tmp_path: Path) -> None:
     tensors = {"a": torch.ones(16 << 20)}
     save_file(tensors, tmp_path / "model.safetensors")
-    model = Bag(tensors)
+    model = toy.Bag(tensors)
     del tensors
     gc.collect()
     before = anonymous_kb()

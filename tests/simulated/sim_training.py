@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from graphs import saved_tensors
 from simulated import accelerator
 
 from loadstone import AutoModelForCausalLM, BitsAndBytesConfig, LoraConfig
@@ -98,21 +99,6 @@ def test_autograd_keeps_no_copies_of_visitors(llama: Path, monkeypatch: pytest.M
     ours = [tensor for tensor in saved if tensor.untyped_storage()._cdata in memory]
     assert not ours
     loss.backward()
-
-
-def saved_tensors(node: Any) -> list[torch.Tensor]:
-    """All tensors that a graph holds for its backward pass, as it would get them."""
-    found, seen, queue = [], set(), [node]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        queue.extend(parent for parent, _ in node.next_functions)
-        for name in dir(node):
-            if name.startswith("_saved_") and isinstance(value := getattr(node, name), torch.Tensor):
-                found.append(value)
-    return found
 
 
 @pytest.mark.parametrize("where", ["llama", "gpt2"])
