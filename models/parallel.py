@@ -59,8 +59,10 @@ class Joined:
         self.agreement.over = True  # what fails from here on fails alike, or is one rank's own affair
         model.layout = self.layout
         if self.layout.tp is not None:
+            from ..loading.parallel_states import usual_states
             from .parallel_forward import parallelize_forwards
 
+            usual_states(model, self.layout.folded)
             group = self.layout.tp.get_group()
             parallelize_forwards(model, self._styles, group)
             _share_randomness(group)
