@@ -9,7 +9,7 @@ import torch
 from .files import Files
 from .plan import Move
 from .quantize import make_codes
-from .ring import SLOT, Ring
+from .ring import Ring, slot_size
 from .workers import Watch
 
 _STAGES = 3  # loads on the device at a time: one arrives, one waits, one is taken apart
@@ -21,7 +21,7 @@ def send(moves: Sequence[Move], files: Files, watch: Watch | None) -> dict[str, 
     plain = [move for move in moves if move.device.type != "cuda"]
     tensors: dict[str, torch.Tensor] = {}
     if cuda:
-        largest = min(SLOT, max(-(-sum(move.entry.nbytes for move in cuda) // 4096) * 4096, 4096))
+        largest = slot_size(cuda)
         lanes = {device: CudaLane(device, largest) for device in dict.fromkeys(move.device for move in cuda)}
 
         def pin(size: int) -> torch.Tensor:  # in a thread, whose device is the first one, used or not

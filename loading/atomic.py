@@ -51,31 +51,30 @@ def replace_contents(directory: str | os.PathLike[str], contents: Contents) -> l
 
     Raises PathError if it is a file, WriteError (no space, no permission) with the directory as it was before.
     """
+    with _told(f"cannot save to {os.fspath(directory)!r}"):
+        target = Path(os.path.realpath(directory))
+        if os.path.lexists(target) and not target.is_dir():
+            raise PathError(f"cannot save to {os.fspath(directory)!r}: it is a file, a directory is needed")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(target)
+        obstacle = _obstacle(target) if target.exists() else None
+        with _staging(target, inside=obstacle is not None) as staging:
+            with _told(f"nothing was saved to {str(target)!r}, which is as it was before"):
+                groups = contents.write(staging)
+                sync_directory(staging)
+            _commit(target, staging, groups, contents.stale, obstacle)
+    return [name for group in groups for name in group]
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """A WriteError that ``what`` failed, for what the system refuses; errors that already say it pass."""
     try:
-        return _replace_contents(directory, contents)
+        yield
     except OSError as error:
         if isinstance(error, LoadstoneError) or not error.errno:
             raise
-        raise WriteError.of(error, f"cannot save to {os.fspath(directory)!r}") from error
-
-
-def _replace_contents(directory: str | os.PathLike[str], contents: Contents) -> list[str]:
-    target = Path(os.path.realpath(directory))
-    if os.path.lexists(target) and not target.is_dir():
-        raise PathError(f"cannot save to {os.fspath(directory)!r}: it is a file, a directory is needed")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(target)
-    obstacle = _obstacle(target) if target.exists() else None
-    with _staging(target, inside=obstacle is not None) as staging:
-        try:
-            groups = contents.write(staging)
-            sync_directory(staging)
-        except OSError as error:
-            if isinstance(error, LoadstoneError) or not error.errno:
-                raise
-            raise WriteError.of(error, f"nothing was saved to {str(target)!r}, which is as it was before") from error
-        _commit(target, staging, groups, contents.stale, obstacle)
-    return [name for group in groups for name in group]
+        raise WriteError.of(error, what) from error
 
 
 def clear_leftovers(target: Path) -> None:

@@ -34,12 +34,24 @@ def dispatch(model: nn.Module, plan: Plan, no_split: Collection[str], skip_keys:
 def undo(model: nn.Module) -> None:
     """Take off all that `dispatch` hung on a model."""
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if isinstance(getattr(hook, "__self__", None), (Route, Crossing, Guest)) or isinstance(hook, _Widen):
-                    del hooks[key]
+        before, after, state = module._forward_pre_hooks, module._forward_hooks, module._state_dict_hooks
+        for hooks in (before, after, state):
+            for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+                del hooks[key]
+        for notes, hooks in (
+            (module._forward_pre_hooks_with_kwargs, before),
+            (module._forward_hooks_with_kwargs, after),
+            (module._forward_hooks_always_called, after),
+        ):
+            for key in [key for key in notes if key not in hooks]:
+                del notes[key]
         for name in (ON_DISK, RUNS_ON, "_apply"):
             module.__dict__.pop(name, None)
+
+
+def _is_ours(hook: Any) -> bool:
+    bound = isinstance(getattr(hook, "__self__", None), (Route, Crossing, Guest))
+    return bound or isinstance(hook, _Widen) or hook is _in_dtype_of_use
 
 
 class _Dispatch:

@@ -271,12 +271,11 @@ def _moves(
 ) -> tuple[list[Move], list[Mismatch]]:
     moves, mismatched, made = [], [], []
     entries, weights = checkpoint.entries, tree.weights
-    one = placement.find("") if len(placement.table) == 1 else None
     for name, key in matched.items():  # in the order of the checkpoint's entries, which is that of the files
         entry, slot = entries[key], weights[name]
         tensor, packing = slot.tensor, None
         wanted: tuple[int, ...] = tensor.shape
-        where, dtype = one or placement.place_of(name, slot), tensor.dtype
+        where, dtype = placement.place_of(name, slot), tensor.dtype
         device = CPU if where == DISK else where
         if (entry.shape != wanted or entry.dtype != dtype) and slot.is_packed:
             packing, wanted = _fit(name, entry, slot)

@@ -29,17 +29,17 @@ def check_packed(plan: Plan, checkpoint: Checkpoint, *, mapped: bool = True) -> 
 
     Reads what the layers name in ``read_first``: scales and descriptions, not the codes.
     """
-    files = Files(checkpoint, mapped=mapped)
     found: dict[int, dict[str, torch.Tensor]] = {id(layer): {} for layer in plan.tree.packed.values()}
-    for move in plan.moves:
-        slot = plan.tree.weights[move.target]
-        layer: Any = slot.module
-        if slot.is_packed and move.packing is None:
-            if slot.attribute in layer.read_first:
-                part = source_of(move.entry, files)
-            else:
-                part = torch.empty(move.entry.shape, dtype=move.entry.dtype, device="meta")
-            found[id(layer)][slot.attribute] = part
+    with Files(checkpoint, mapped=mapped) as files:
+        for move in plan.moves:
+            slot = plan.tree.weights[move.target]
+            layer: Any = slot.module
+            if slot.is_packed and move.packing is None:
+                if slot.attribute in layer.read_first:
+                    part = source_of(move.entry, files)
+                else:
+                    part = torch.empty(move.entry.shape, dtype=move.entry.dtype, device="meta")
+                found[id(layer)][slot.attribute] = part
     for name, layer in plan.tree.packed.items():
         parts = found[id(layer)]
         if parts:

@@ -8,7 +8,7 @@ together to be quantized. A slot is filled again only after the device has what 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -85,6 +85,12 @@ def loads(moves: Iterable[Move], slot: int) -> Iterator[Load]:
         yield Load(file, start, end - start, device, parts)
 
 
+def slot_size(moves: Sequence[Move]) -> int:
+    """Bytes of a slot for these moves, and so of a lane's largest load: `SLOT`, or less if they take less."""
+    total = sum(move.entry.nbytes for move in moves)
+    return min(SLOT, max(-(-total // 4096) * 4096, 4096))
+
+
 class Ring:
     """Carries the tensors of moves to their devices.
 
@@ -109,7 +115,7 @@ class Ring:
         """
         goods = _Goods(moves, self._lanes)
         total = sum(move.entry.nbytes for move in moves)
-        size = min(SLOT, max(-(-total // 4096) * 4096, 4096))
+        size = slot_size(moves)
         count = min(SLOTS, -(-total // size) + 1)
         self._slots: list[torch.Tensor | None] = [None] * count
         self._loads = loads(self._files.in_order(moves), size)

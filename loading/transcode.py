@@ -7,7 +7,7 @@ time is quantized and its parts are written where they belong; other tensors go 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,9 +79,23 @@ def transcode(
             f"{plan.name}: {len(plan.to_initialize)} weights of {plan.model_class} are not in the checkpoint, and "
             f"would be made up: {', '.join(map(repr, plan.to_initialize[:12]))}; repair it first"
         )
-    work = _Work(plan, checkpoint, state, ties)
-    shards = plan_shards(work.outputs, limit)
-    _check_space(directory, sum(map(tensor_bytes, work.outputs.values())), beside)
+    with Files(checkpoint) as files:
+        work = _Work(plan, files, state, ties)
+        _check_space(directory, sum(map(tensor_bytes, work.outputs.values())), beside)
+        made, by_dtype = _write(work, plan_shards(work.outputs, limit), checkpoint, names, directory, beside, watch)
+    return Transcoded(made, checkpoint.total_bytes, sum(by_dtype.values()), plan.unexpected, by_dtype)
+
+
+def _write(
+    work: _Work,
+    shards: Sequence[Mapping[str, torch.Tensor]],
+    checkpoint: Checkpoint,
+    names: WeightNames,
+    directory: Path,
+    beside: Beside,
+    watch: Callable[[int], None],
+) -> tuple[list[str], dict[torch.dtype, int]]:
+    """Write all files as one step: their names, and the bytes of each dtype."""
     files = names.files(len(shards))
     by_dtype: dict[torch.dtype, int] = {}
 
@@ -103,16 +117,14 @@ def transcode(
 
     written = {*files, *([names.index] if len(files) > 1 else [])}
     made = replace_contents(directory, Contents(write, lambda name: names.is_weights(name) and name not in written))
-    return Transcoded(made, checkpoint.total_bytes, sum(by_dtype.values()), plan.unexpected, by_dtype)
+    return made, by_dtype
 
 
 class _Work:
     """What is to be written, in order, and where it comes from."""
 
-    def __init__(
-        self, plan: Plan, checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], ties: Collection[str]
-    ) -> None:
-        self.files = Files(checkpoint)
+    def __init__(self, plan: Plan, files: Files, state: Mapping[str, torch.Tensor], ties: Collection[str]) -> None:
+        self.files = files
         roots = {**plan.tied, **confirm_ties(plan, self.files)}
         self.plain = {move.target: move for move in plan.moves if move.packing is None}
         self.makers = {name: move for move in plan.moves if move.packing for name in move.packing.makes.values()}

@@ -190,12 +190,29 @@ class StaticCache(Cache):
         self.max_cache_len = max_cache_len
         layers = [_static_layer(max_cache_len, window) for window in layer_windows(config)]
         super().__init__(layers)
+        self._heads, self._width = _heads_and_width(config)
         if batch_size is not None:
-            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            like = torch.empty((batch_size, heads, 0, width), device=device, dtype=dtype)
+            if not self._heads or not self._width:
+                raise GenerationError(
+                    f"{type(config).__name__} does not say how many heads of which width there are; leave out "
+                    "batch_size, so that the memory is taken when keys come"
+                )
+            like = torch.empty((batch_size, self._heads, 0, self._width), device=device, dtype=dtype)
             for layer in layers:
                 layer.allocate(like, like)
+
+    def memory_needed(self, batch_size: int, dtype: torch.dtype) -> int:
+        """Bytes of keys and values that so many rows take, taken yet or not; 0 for a configuration without heads."""
+        places = sum(layer.places for layer in self.layers)
+        return 2 * batch_size * self._heads * self._width * places * dtype.itemsize
+
+
+def _heads_and_width(config: Any) -> tuple[int, int]:
+    """Key/value heads and the width of one; 0 for what a configuration does not say."""
+    queries = getattr(config, "num_attention_heads", None) or 0
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = getattr(config, "head_dim", None)
+    return heads, width or (getattr(config, "hidden_size", None) or 0) // max(queries, 1)
 
 
 def _static_layer(max_cache_len: int, window: int | None) -> StaticLayer:

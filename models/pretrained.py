@@ -205,15 +205,12 @@ def choose_dtype(asked: Any, config: Any, checkpoint: Checkpoint) -> torch.dtype
 
 def generation_config_of(given: Any, source: Source, config: PreTrainedConfig) -> Any:
     """The caller's generation configuration, else the checkpoint's, None where it has none."""
-    if given is not None:
-        if not callable(getattr(given, "to_dict", None)):
-            raise ArgumentError(f"generation_config must be a GenerationConfig, not {given!r}")
-        return given
-    if (path := source.find("generation_config.json")) is None:
+    path = source.find("generation_config.json") if given is None else None
+    if given is None and path is None:
         return None
     from .generation import GenerationConfig
 
-    return GenerationConfig.from_file(path)
+    return GenerationConfig.of(given) if path is None else GenerationConfig.from_file(path)
 
 
 def build_on_meta(cls: type[_Model], config: PreTrainedConfig) -> _Model:

@@ -87,14 +87,13 @@ def load_adapter(model: CausalLM, source: Source, adapter_name: str = "default",
     pairs = _pairs(checkpoint)
     _check(model, config, source, pairs)
     targets = [name for name, _ in outer_modules(model) if name in pairs]
-    files = Files(checkpoint)
+    values = _read(checkpoint, pairs)
     attach(model, config, adapter_name, targets)
     layers = lora_layers(model)
     for name in targets:
         for side, matrices in (("A", layers[name].lora_A), ("B", layers[name].lora_B)):
-            entry = pairs[name][side]
             weight: Any = matrices[adapter_name].weight
-            weight.detach().copy_(files.flat(entry, 0, weight.numel()).view(entry.shape))
+            weight.detach().copy_(values[name, side])
     set_adapter(model, adapter_name, trainable=is_trainable)
 
 
@@ -108,6 +107,16 @@ def _open(source: Source) -> Checkpoint:
             "read; save it again as safetensors (PEFT's default)"
         )
     raise NotFoundError(f"{source.describe()} has a {CONFIG} but no {WEIGHTS}")
+
+
+def _read(checkpoint: Checkpoint, pairs: dict[str, dict[str, TensorEntry]]) -> dict[tuple[str, str], Tensor]:
+    """The matrices in memory, by layer and side; IntegrityError or ReadError for a file that has changed or fails."""
+    with Files(checkpoint, mapped=False) as files:
+        return {
+            (name, side): files.flat(entry, 0, entry.nbytes // entry.dtype.itemsize).view(entry.shape)
+            for name, pair in pairs.items()
+            for side, entry in pair.items()
+        }
 
 
 def _pairs(checkpoint: Checkpoint) -> dict[str, dict[str, TensorEntry]]:

@@ -107,12 +107,13 @@ class GenerationConfig:
     def of(cls: type[_Config], given: Any) -> _Config | None:
         """What a caller means: a configuration of this class or None as it is, transformers' one by what it sets.
 
-        Raises ArgumentError for anything else.
+        Raises ArgumentError for anything else, a model's configuration among it; GenerationError for options out of
+        range.
         """
         if given is None or isinstance(given, cls):
             return given
         told = getattr(given, "to_diff_dict", None) or getattr(given, "to_dict", None)
-        if isinstance(given, Mapping) or not callable(told):
+        if isinstance(given, Mapping) or hasattr(type(given), "model_type") or not callable(told):
             raise ArgumentError(
                 f"generation_config must be a GenerationConfig, got {type(given).__name__}; pass options by keyword"
             )

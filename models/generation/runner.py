@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import GenerationError
 from ...loading.memory import check_memory
-from ..cache import DynamicCache, StaticCache, declared
+from ..cache import DynamicCache, StaticCache
 from .inputs import Prompt
 from .options import Options, warn_once
 
@@ -33,13 +33,14 @@ class Runner:
         self.length = prompt.ids.shape[1]
         self.outputs: Any = None
         rows = prompt.rows * copies
-        _check_room(model, options, rows, prompt.ids)
-        self.ids = prompt.ids.new_empty((rows, options.max_length))
-        self.ids[:, : self.length] = _repeat(prompt.ids, copies)
         self._accepted = _accepted(model)
         self._known = prompt.known
         self._hidden = prompt.known - self.length  # cached or embedded tokens that are not in ids
         total = options.max_length + self._hidden
+        self.cache = self._prepare_cache(cache, total)
+        self._check_room(rows, new=self.cache if cache is None else None)
+        self.ids = prompt.ids.new_empty((rows, options.max_length))
+        self.ids[:, : self.length] = _repeat(prompt.ids, copies)
         self._mask: Tensor | None = None
         self._positions: Tensor | None = None
         if prompt.mask is not None:
@@ -50,7 +51,6 @@ class Runner:
                 f"{type(model).__name__}.forward takes no attention_mask or no position_ids, so it cannot continue"
                 " padded prompts; generate row by row"
             )
-        self.cache = self._prepare_cache(cache, total)
         self._limit = getattr(model.config, "max_position_embeddings", None)
 
     def _prepare_cache(self, cache: Any, total: int) -> Any:
@@ -74,6 +74,14 @@ class Runner:
         if self.options.static_cache:
             return StaticCache(self.model.config, max(total - 1, 1))
         return DynamicCache(self.model.config, expected_length=max(total - 1, 1))
+
+    def _check_room(self, rows: int, new: Any) -> None:
+        """MemoryLimitError for lengths that no memory holds: they may come from a file. new: the cache just made."""
+        ids, longest = self.prompt.ids, self.options.max_length
+        size = rows * longest * ids.itemsize
+        if isinstance(new, StaticCache):
+            size += new.memory_needed(rows, self.model.dtype)
+        check_memory(size, f"generating {rows} sequences of up to {longest} tokens", ids.device)
 
     @property
     def sequences(self) -> Tensor:
@@ -179,16 +187,6 @@ _EVERYTHING = frozenset(
         "output_hidden_states",
     }
 )
-
-
-def _check_room(model: Any, options: Options, rows: int, ids: Tensor) -> None:
-    """MemoryLimitError for lengths that no memory holds: they may come from a file."""
-    config, size = model.config, rows * options.max_length * ids.itemsize
-    if options.static_cache:
-        widths = [getattr(config, name, 1) or 1 for name in ("num_hidden_layers", "num_key_value_heads", "head_dim")]
-        window = min(declared(config, "sliding_window") or options.max_length, options.max_length)
-        size += 2 * rows * window * widths[0] * widths[1] * widths[2] * model.dtype.itemsize
-    check_memory(size, f"generating {rows} sequences of up to {options.max_length} tokens")
 
 
 def _accepted(model: Any) -> frozenset[str]:

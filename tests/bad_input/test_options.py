@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import select
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 import tiny
 import torch
 from bad_input.inputs import MARK, Case, case, config, good, put, refused, snapshot, table, watched, write
-from hypothesis import given
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
@@ -311,15 +314,75 @@ def test_usual_expressions_are_taken(pattern: str) -> None:
     assert linear_pattern(pattern, "x").pattern == pattern
 
 
-@tiny.examples(300)
-@given(st.text("ab.*+?()[]|{}1,\\^$", max_size=14))
-def test_what_is_taken_is_quick(pattern: str) -> None:
+MATCHER = """
+import re, sys
+for line in sys.stdin:
+    re.compile(line.rstrip("\\n")).fullmatch("a" * 44 + "!")  # fails at its end, where exponential ones try 2**43 ways
+    print("done", flush=True)
+"""
+
+
+class Matcher:
+    """A process that matches, as nothing else can end a match that goes on for days."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", MATCHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def comes_to_an_end(self, pattern: str, seconds: float) -> bool:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(pattern + "\n")
+        self.process.stdin.flush()
+        return bool(select.select([self.process.stdout], [], [], seconds)[0]) and bool(self.process.stdout.readline())
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def matcher() -> Iterator[Matcher]:
+    made = Matcher()
+    yield made
+    made.end()
+
+
+def repeated(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    times = st.sampled_from(["*", "+", "?", "{2}", "{1,3}", "{2,}"])
+    return st.one_of(
+        st.builds("({}){}".format, inner, times),
+        st.builds("({}|{}){}".format, inner, inner, times),
+        st.builds("{}{}".format, inner, inner),
+    )
+
+
+EXPRESSIONS = st.recursive(st.sampled_from(["a", "b", ".", "[ab]", "a+", "a*", "a?"]), repeated, max_leaves=6)
+
+
+@settings(tiny.examples(300), phases=[Phase.explicit, Phase.generate])  # each try of a failure costs the whole wait
+@given(EXPRESSIONS | st.text("ab.*+?()[]|{}1,\\^$", max_size=14))
+@example("(a+)+").via("what the guard is for")
+@example("(a|a)*").via("and this")
+def test_what_is_taken_is_quick(matcher: Matcher, pattern: str) -> None:
     """Matching what fails at the end: steps are bounded for every pattern that is taken."""
     try:
-        taken = linear_pattern(pattern, "x")
+        linear_pattern(pattern, "x")
     except ConfigError:
         return
-    taken.fullmatch("a" * 24 + "!")  # exponential ones take minutes
+    assert matcher.comes_to_an_end(pattern, 120)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+", "(a|a)*", r"(\w+\.?)+"])
+def test_what_is_not_taken_would_never_end(pattern: str) -> None:
+    """The check of the check."""
+    matcher = Matcher()
+    try:
+        assert matcher.comes_to_an_end("a*", 120)
+        assert not matcher.comes_to_an_end(pattern, 1)
+    finally:
+        matcher.end()
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", "a.b", "x" * 65, "a\0", 3, None, "\x1b[2J"])

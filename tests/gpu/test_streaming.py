@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loadstone import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
-from loadstone.loading import accelerator, ring
+from loadstone.loading import ring
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,7 +76,6 @@ def test_small_slots_and_many_loads(
 ) -> None:
     """Slots far smaller than most tensors: every one is used again hundreds of times while others are on their way."""
     monkeypatch.setattr(ring, "SLOT", 1 << 18)
-    monkeypatch.setattr(accelerator, "SLOT", 1 << 18)
     model = AutoModelForCausalLM.from_pretrained(checkpoint[0], dtype=torch.float16, device_map="cuda", **option)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor.cpu(), checkpoint[1][name].half()), name

@@ -158,14 +158,13 @@ def carry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype = 
 
     monkeypatch.setattr(threading.Condition, "notify_all", notify_all)
     monkeypatch.setattr(threading.Condition, "wait_for", waited)
-    for module in (ring, accelerator):
-        monkeypatch.setattr(module, "SLOT", 4096)
+    monkeypatch.setattr(ring, "SLOT", 4096)
     monkeypatch.setattr(ring, "SLOTS", 5)
     monkeypatch.setattr(ring, "cores", lambda: 3)
     device = torch.device("cpu")
     moves = [Move(name, entry, device, dtype, "cast") for name, entry in checkpoint.entries.items()]
     with Files(checkpoint) as files:
-        lane = accelerator.CudaLane(device, 4096)
+        lane = accelerator.CudaLane(device, ring.slot_size(moves))
         made = ring.Ring(files, {device: lane}, lambda size: torch.empty(size, dtype=torch.uint8), None).send(moves)
     monkeypatch.undo()
     for tensor in made.values():  # the caller uses them on its own stream, without waiting for anything

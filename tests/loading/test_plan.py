@@ -131,6 +131,22 @@ def test_dtypes_that_cannot_become_weights(tmp_path: Path, dtype: torch.dtype) -
         planned(tmp_path, tensors)
 
 
+@pytest.mark.parametrize("offload_buffers", [False, True])
+@pytest.mark.parametrize("device_map", ["disk", {"": "disk"}, {"model": "disk", "lm_head": "disk"}])
+def test_buffers_lie_where_the_placement_says(tmp_path: Path, device_map: Any, offload_buffers: bool) -> None:
+    """However a map is spelled: on the CPU, in memory of their own, unless they are offloaded too."""
+    toy.save(tmp_path, toy.weights())
+    plan = make_plan(
+        toy.meta(), toy.opened(tmp_path), ties=toy.TIES, device_map=device_map, offload_buffers=offload_buffers
+    )
+    transforms = {move.target: move.transform for move in plan.moves}
+    assert transforms.pop("model.scale") == ("disk" if offload_buffers else "map")
+    assert set(transforms.values()) == {"disk"}
+    for move in plan.moves:
+        place = plan.placement.place_of(move.target, plan.tree.weights[move.target])
+        assert (place == "disk") == (move.transform == "disk")
+
+
 def test_memory(tmp_path: Path) -> None:
     tensors = toy.weights(dtype=torch.bfloat16)
     total = 2 * sum(tensor.nbytes for tensor in tensors.values())

@@ -112,6 +112,36 @@ def test_from_model_config() -> None:
     assert GenerationConfig(eos_token_id=torch.tensor([1, 2])).eos_token_id == [1, 2]
 
 
+def test_what_a_caller_gives_is_checked_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same check as for `model.generation_config = ...`; what is good arrives as ours."""
+    model = tiny.checkpoint(tmp_path, "llama")
+
+    class Theirs:
+        def __init__(self, **values: Any) -> None:
+            self.values = values
+
+        def to_diff_dict(self) -> dict[str, Any]:
+            return self.values
+
+    for chosen, error in (
+        (Theirs(temperature=-1.0), GenerationError),
+        (model.config, ArgumentError),
+        ({"top_k": 3}, ArgumentError),
+        ("greedy", ArgumentError),
+    ):
+        with pytest.raises(error):
+            model.generation_config = chosen
+        with monkeypatch.context() as patch:
+            patch.setattr("loadstone.models.pretrained.build_on_meta", None)
+            with pytest.raises(error):
+                type(model).from_pretrained(tmp_path, generation_config=chosen)
+    loaded = type(model).from_pretrained(tmp_path, generation_config=Theirs(top_k=3, _hash=1))
+    assert type(loaded.generation_config) is GenerationConfig
+    assert loaded.generation_config.to_dict() == {"top_k": 3}
+
+
 def options(model: GenerationConfig, given: GenerationConfig | None = None, length: int = 5, **kwargs: Any) -> Any:
     return resolve(merge(model, given, kwargs), prompt_length=length, embeds_length=None, max_positions=64)
 

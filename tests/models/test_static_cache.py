@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loadstone.errors import GenerationError
+from loadstone.errors import GenerationError, MemoryLimitError
 from loadstone.models import static_layers
 from loadstone.models.cache import Cache, StaticCache
 from loadstone.models.masks import build_mask
@@ -153,6 +153,59 @@ def test_static_memory_is_fixed(allocated: bool, first_mode: int) -> None:
     assert sliding.get_max_length() == 100
     assert sliding.is_sliding == [True, True]
     assert StaticCache(Shape(sliding_window=90), 100).is_sliding == [False, False]  # a ring would save too little
+
+
+@tiny.examples(60)
+@given(st.sampled_from(tiny.KINDS), st.integers(1, 90), st.integers(1, 3), st.sampled_from([None, 1, 5, 80]))
+def test_the_memory_needed_is_what_is_taken(kind: str, room: int, rows: int, window: int | None) -> None:
+    more = {"sliding_window": window} if kind == "mistral" else {}
+    config = tiny.CONFIGS[kind].from_dict(tiny.values(kind, **more))
+    for dtype in (torch.float32, torch.bfloat16):
+        static = StaticCache(config, room, batch_size=rows, dtype=dtype)
+        taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in static.layers)
+        assert StaticCache(config, room).memory_needed(rows, dtype) == static.memory_needed(rows, dtype) == taken
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("implementation", ["static", "dynamic"])
+def test_generating_counts_the_memory_it_takes(kind: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a cache that grows nothing is taken beforehand."""
+    counted: list[int] = []
+    monkeypatch.setattr("loadstone.models.generation.runner.check_memory", lambda size, *_: counted.append(size))
+    made = tiny.model(kind).generate(
+        torch.tensor([[1, 2, 3]]), max_new_tokens=40, num_beams=2, do_sample=False, return_dict_in_generate=True,
+        eos_token_id=None, cache_implementation=implementation,
+    )  # fmt: skip
+    layers = made.past_key_values.layers if implementation == "static" else ()
+    assert counted == [2 * 43 * 8 + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)]
+
+
+def test_configurations_that_do_not_say_how_many_heads_there_are() -> None:
+    class Bare:
+        num_hidden_layers = 2
+
+    static = StaticCache(Bare(), 8)
+    assert static.memory_needed(3, torch.float32) == 0
+    key = torch.randn(1, 2, 3, 4)
+    assert static.update(key, key, 1)[0].shape == key.shape
+    with pytest.raises(GenerationError, match="leave out batch_size"):
+        StaticCache(Bare(), 8, batch_size=1)
+
+
+def test_an_accelerator_with_more_memory_than_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it holds is not refused for the machine's sake, what no device holds still is."""
+    from loadstone.loading import memory
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(memory, "memory_limit", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 3000))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    memory.check_memory(6000, "it", device)
+    for place in (None, torch.device("cpu"), torch.device("mps")):
+        with pytest.raises(MemoryLimitError, match="1000 bytes of memory"):
+            memory.check_memory(1001, "it", place)
+    with pytest.raises(MemoryLimitError, match="6000 bytes of memory"):
+        memory.check_memory(6001, "it", device)
 
 
 def test_a_ring_is_not_cropped_once_it_has_turned() -> None:
