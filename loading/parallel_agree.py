@@ -58,16 +58,16 @@ class Agreement:
             raise ParallelError(f"loading ended on all ranks because rank {first} failed{more}: {failed[first].text}")
         return gathered
 
-    def same(self, **facts: Any) -> None:
-        """`meet`, and ParallelError on all ranks if one has other facts than the others."""
-        gathered = self.meet(**facts)
+    def same(self, group: int = 0, **facts: Any) -> None:
+        """`meet`, and ParallelError on all ranks if one has other facts than the others of its ``group``."""
+        gathered = self.meet(group=group, **facts)
         for name in facts:
-            held: dict[str, list[int]] = {}
+            held: dict[tuple[int, str], list[int]] = {}
             for rank, told in gathered.items():
-                held.setdefault(str(told.get(name)), []).append(rank)
-            if len(held) > 1:
+                held.setdefault((told.get("group", 0), str(told.get(name))), []).append(rank)
+            if len(held) > len({where for where, _ in held}):
                 self.over = True
-                found = "; ".join(f"{_ranks(ranks)}: {value[:_LONGEST]}" for value, ranks in held.items())
+                found = "; ".join(f"{_ranks(ranks)}: {value[:_LONGEST]}" for (_, value), ranks in held.items())
                 raise ParallelError(f"the ranks do not agree about the {name.replace('_', ' ')}: {found}")
 
     def fail(self, error: BaseException) -> None:

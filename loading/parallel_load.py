@@ -50,7 +50,13 @@ class Spread:
                     f"{target!r} and {source!r} are one weight, but tp would cut them as {self.cuts.get(target)} and "
                     f"{self.cuts.get(source)}; give both modules styles that cut alike, or keep both whole"
                 )
-        self.agreement.same(commit=self.commit, checkpoint=_fingerprint(checkpoint), plan=self._told(plan))
+        files = _fingerprint(checkpoint)
+        if self.layout.pp is None:
+            self.agreement.same(commit=self.commit, checkpoint=files, plan=self._told(plan))
+        else:
+            layers = self.layout.config.layers_per_stage
+            self.agreement.same(commit=self.commit, checkpoint=files, layers_per_stage=layers)
+            self.agreement.same(self.layout.stage, plan=self._told(plan))
 
     def execute(
         self,

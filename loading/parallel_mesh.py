@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-STRATEGIES = ("fsdp", "tp", "fsdp+tp")
-_SHARD, _REPLICATE, _TENSOR = ("fsdp", "dp_shard", "dp"), ("replicate", "dp_replicate"), ("tp",)
+STRATEGIES = ("fsdp", "tp", "fsdp+tp", "pp", "pp+fsdp", "pp+tp", "pp+fsdp+tp")
+_SHARD, _REPLICATE, _TENSOR, _PIPELINE = ("fsdp", "dp_shard", "dp"), ("replicate", "dp_replicate"), ("tp",), ("pp",)
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,19 @@ class ParallelConfig:
     """How a model is spread over a device mesh; ``parallel=`` of ``from_pretrained``, where its name alone would do.
 
     strategy: "fsdp" (every rank holds a share of every weight, gathered block by block when needed), "tp" (the ranks
-        share the work of every layer), "fsdp+tp"; None: what the names of the mesh's dimensions say.
+        share the work of every layer), "fsdp+tp"; "pp" (every rank has some of the layers, see
+        `models.pipeline`), with "pp+" in front of the others; None: what the names of the mesh's dimensions say.
     mixed_precision: torch's ``MixedPrecisionPolicy`` for FSDP: the dtypes of computing and of reducing gradients.
     reshard_after_forward: as for ``fully_shard``: free gathered weights between forward and backward.
     tp_plan: {pattern of module names: style, or None to keep it whole}, over what the architecture declares.
+    layers_per_stage: how many layers each stage of a pipeline has; None: as even as can be, the last the fewest.
     """
 
     strategy: str | None = None
     mixed_precision: MixedPrecisionPolicy | None = None
     reshard_after_forward: bool | int | None = None
     tp_plan: Mapping[str, Any] | None = None
+    layers_per_stage: Sequence[int] | None = None
 
     @staticmethod
     def of(value: Any) -> ParallelConfig:
@@ -55,6 +58,7 @@ class Layout:
     """A mesh with its dimensions told apart. ``fsdp``: the submesh over which weights are sharded (with a dimension in
     front over which they are replicated, if there is one), ``tp``: the one over which layers are cut; None: neither.
     ``device``: where this rank's weights live. ``folded``: shapes in checkpoints of weights that have another one here.
+    ``pp``: the submesh of the stages of a pipeline; ``shared``: the weight that the first and the last of them hold.
     """
 
     mesh: DeviceMesh
@@ -63,6 +67,16 @@ class Layout:
     tp: DeviceMesh | None
     device: torch.device
     folded: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    pp: DeviceMesh | None = None
+    shared: str | None = None
+
+    @property
+    def stages(self) -> int:
+        return 1 if self.pp is None else self.pp.size()
+
+    @property
+    def stage(self) -> int:
+        return 0 if self.pp is None else self.pp.get_local_rank()
 
     @property
     def tp_size(self) -> int:
@@ -106,45 +120,48 @@ def check_mesh(mesh: Any) -> DeviceMesh:
 def make_layout(mesh: DeviceMesh, parallel: Any) -> Layout:
     """Tell the mesh's dimensions apart, by their names or, with one, by ``parallel``.
 
-    Names: "fsdp", "dp" or "dp_shard" (weights are sharded), "replicate" or "dp_replicate" (and replicated), "tp".
+    Names: "fsdp", "dp" or "dp_shard" (weights are sharded), "replicate" or "dp_replicate" (and replicated), "tp", "pp".
     Raises ParallelError for other names, and for a mesh and a strategy that do not fit.
     """
     config = ParallelConfig.of(parallel)
     names = mesh.mesh_dim_names
     if names is None:
-        if mesh.ndim != 1 or config.strategy not in ("fsdp", "tp"):
+        if mesh.ndim != 1 or config.strategy not in ("fsdp", "tp", "pp"):
             raise ParallelError(
                 f"device_mesh has {mesh.ndim} dimension(s) without names and parallel={config.strategy!r}: give "
-                "init_device_mesh(..., mesh_dim_names=('fsdp', 'tp')), or one dimension and parallel='fsdp' or 'tp'"
+                "init_device_mesh(..., mesh_dim_names=('fsdp', 'tp')), or one dimension and parallel='fsdp', 'tp', 'pp'"
             )
-        found = {"fsdp" if config.strategy == "fsdp" else "tp": mesh}
+        found = {config.strategy: mesh}
     else:
         found = _by_name(mesh, names)
-    strategy = "+".join(kind for kind in ("fsdp", "tp") if kind in found)
+    strategy = "+".join(kind for kind in ("pp", "fsdp", "tp") if kind in found)
     if config.strategy is not None and config.strategy != strategy:
         raise ParallelError(
             f"parallel={config.strategy!r}, but the dimensions of device_mesh are {names or mesh.ndim}, which is "
             f"{strategy!r}; every dimension must be used, for its ranks would train apart: slice the mesh "
             "(mesh['tp']), or change parallel"
         )
-    config = ParallelConfig(strategy, config.mixed_precision, config.reshard_after_forward, config.tp_plan)
+    config = replace(config, strategy=strategy)
     if config.mixed_precision is not None and "fsdp" not in found:
         raise ParallelError("mixed_precision is FSDP's, and the mesh has no fsdp dimension; pass dtype= instead")
     device = torch.device(mesh.device_type)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    return Layout(mesh, config, found.get("fsdp"), found.get("tp"), device)
+    if config.layers_per_stage is not None and "pp" not in found:
+        raise ParallelError("layers_per_stage is a pipeline's, and the mesh has no pp dimension")
+    return Layout(mesh, config, found.get("fsdp"), found.get("tp"), device, pp=found.get("pp"))
 
 
 def _by_name(mesh: DeviceMesh, names: tuple[str, ...]) -> dict[str, DeviceMesh]:
     kinds: dict[str, str] = {}
-    for kind, spellings in (("shard", _SHARD), ("replicate", _REPLICATE), ("tp", _TENSOR)):
+    meanings = (("shard", _SHARD), ("replicate", _REPLICATE), ("tp", _TENSOR), ("pp", _PIPELINE))
+    for kind, spellings in meanings:
         here = [name for name in names if name in spellings]
         if len(here) > 1:
             raise ParallelError(f"device_mesh has two dimensions of one meaning: {', '.join(here)}")
         if here:
             kinds[kind] = here[0]
-    known = (*_SHARD, *_REPLICATE, *_TENSOR)
+    known = [name for _, spellings in meanings for name in spellings]
     for name in names:
         if name not in known:
             raise ParallelError(
@@ -160,7 +177,11 @@ def _by_name(mesh: DeviceMesh, names: tuple[str, ...]) -> dict[str, DeviceMesh]:
     order = [name for name in names if name in (kinds.get("replicate"), kinds.get("shard"))]
     if "tp" in kinds and order and names.index("tp") < names.index(order[-1]):
         raise ParallelError(f"'tp' must be the last dimension of device_mesh, after {order[-1]!r}")
+    if "pp" in kinds and names[0] != "pp":
+        raise ParallelError(f"'pp' must be the first dimension of device_mesh, before {names[0]!r}")
     found: dict[str, DeviceMesh] = {}
+    if "pp" in kinds:
+        found["pp"] = mesh["pp"] if len(names) > 1 else mesh
     if order:
         found["fsdp"] = mesh[tuple(order)] if len(order) > 1 else mesh[order[0]] if len(names) > 1 else mesh
     if "tp" in kinds:

@@ -36,7 +36,13 @@ def save_spread(
         name: torch.empty(layout.folded.get(name, tuple(tensor.shape)), dtype=tensor.dtype, device="meta")
         for name, tensor in weights.items()
     }
-    gathered = _gathered(weights, blanks, written_order(blanks, max_shard_size))
+    stages = dict.fromkeys(blanks, 0)
+    if layout.pp is not None:
+        blanks, stages = _of_all_stages(blanks, layout, agreement)
+    order = written_order(blanks, max_shard_size)
+    gathered = (
+        _gathered(weights, blanks, order) if layout.pp is None else _brought(weights, blanks, order, stages, layout)
+    )
     failed: BaseException | None = None
     if dist.get_rank() == int(layout.mesh.mesh.flatten()[0]):
 
@@ -77,6 +83,49 @@ def _gathered(
     """Whole weights in the order they are written in, on the CPU; a collective for each, so all ranks must go on."""
     with torch.no_grad():
         for name in order:
-            tensor = weights[name].detach()
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            yield name, whole.to("cpu").reshape(blanks[name].shape)
+            yield name, _whole(weights[name], blanks[name])
+
+
+def _whole(weight: Any, blank: torch.Tensor) -> torch.Tensor:
+    tensor = weight.detach()
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.to("cpu").reshape(blank.shape)
+
+
+def _of_all_stages(
+    blanks: Mapping[str, torch.Tensor], layout: Layout, agreement: Agreement
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """The weights of all stages of a pipeline, on meta, and the first stage that holds each."""
+    mine = {name: (tuple(blank.shape), blank.dtype) for name, blank in blanks.items()}
+    told = agreement.meet(stage=layout.stage, weights=mine).values()
+    found: dict[str, torch.Tensor] = {}
+    stages: dict[str, int] = {}
+    for facts in sorted(told, key=lambda facts: facts["stage"]):
+        for name, (shape, dtype) in facts["weights"].items():
+            if name not in found:
+                found[name], stages[name] = torch.empty(shape, dtype=dtype, device="meta"), facts["stage"]
+    return found, stages
+
+
+def _brought(
+    weights: Mapping[str, Any],
+    blanks: Mapping[str, torch.Tensor],
+    order: list[str],
+    stages: Mapping[str, int],
+    layout: Layout,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """`_gathered` over the stages of a pipeline: the rank that writes gets each weight from a rank of its stage."""
+    assert layout.pp is not None
+    group, ranks = layout.pp.get_group(), layout.mesh.mesh
+    writer, me = int(ranks.flatten()[0]), dist.get_rank()
+    senders = [int(stage.flatten()[0]) for stage in ranks]
+    with torch.no_grad():
+        for name in order:
+            blank, sender = blanks[name], senders[stages[name]]
+            value = _whole(weights[name], blank) if stages[name] == layout.stage else blank
+            if sender != writer and me == sender:
+                dist.send(value.to(layout.device), writer, group=group)
+            elif sender != writer and me == writer:
+                value = torch.empty(blank.shape, dtype=blank.dtype, device=layout.device)
+                dist.recv(value, sender, group=group)
+            yield name, value.to("cpu") if not value.is_meta else value

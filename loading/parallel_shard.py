@@ -85,6 +85,8 @@ def distributed(local: torch.Tensor, mesh: Any, placements: Any, shape: Sequence
 def filled(blank: nn.Parameter, local: torch.Tensor, name: str) -> nn.Parameter:
     """The parameter that ``blank``, on meta, becomes with this rank's values."""
     held: Any = blank
+    if not hasattr(held, "to_local"):  # only layers are shared out, whole
+        return nn.Parameter(local, requires_grad=blank.requires_grad)
     expected = tuple(held.to_local().shape)
     if tuple(local.shape) != expected:
         raise ParallelError(f"{name!r}: torch holds a part of shape {expected} here, {tuple(local.shape)} was read")

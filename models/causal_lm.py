@@ -68,6 +68,8 @@ class CausalLM(AdapterMethods, nn.Module):
     kernels: Kernels = AUTO
     layout: Any = None
     """Over which device mesh the model is spread, None for a model of one process."""
+    stage_skips_logits: bool = False
+    """Whether the last stage of a pipeline gives hidden states in training, of which its loss is taken."""
     hf_quantizer: Any = None
     is_quantized: bool = False
     is_loaded_in_4bit: bool = False
@@ -544,6 +546,17 @@ class CausalLM(AdapterMethods, nn.Module):
         from .vocabulary import resize_token_embeddings
 
         return resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+    def pipeline_stage(self, skip_logits: bool = True) -> Any:
+        """This rank's stage for the schedules of ``torch.distributed.pipelining``; see `pipeline_stage.Stage`.
+
+        skip_logits: in training the last stage gives hidden states, of which the stage's ``loss`` takes the loss
+            without ever holding the logits; False: logits, for a ``loss_fn`` of your own.
+        Raises ParallelError for a model that was not loaded onto a mesh with a "pp" dimension.
+        """
+        from .pipeline_stage import Stage
+
+        return Stage(self, skip_logits)
 
     # What trainers of others ask for
 

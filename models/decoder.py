@@ -41,6 +41,11 @@ class Decoder(nn.Module):
         """
         return inputs_embeds, ()
 
+    def beside(self, hidden_states: Tensor, position_ids: Tensor, length: int | Tensor | None) -> tuple[Any, ...]:
+        """What every layer gets beside the hidden states: the second thing that `embed` returns, which a pipeline's
+        later stages need without the first. An architecture whose `embed` has weights says it here."""
+        return type(self).embed(self, hidden_states, position_ids, length)[1]
+
     def check_length(self, length: int) -> None:
         """Raise if the model cannot take texts of ``length`` tokens; where only the device knows, it is called with
         what the cache has room for. Not called if the caller chose positions."""

@@ -176,6 +176,10 @@ class GPT2Model(Decoder):
         """Add the learned position embeddings."""
         return self.drop(inputs_embeds + self.wpe(position_ids)), ()
 
+    def beside(self, hidden_states: Tensor, position_ids: Tensor, length: int | Tensor | None) -> tuple[Any, ...]:
+        """Nothing: positions enter with the embeddings."""
+        return ()
+
 
 class GPT2LMHeadModel(CausalLM):
     """GPT-2 with a language-modelling head tied to the token embedding."""

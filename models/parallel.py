@@ -42,6 +42,8 @@ class Joined:
         if self.layout.tp is not None:
             self._styles = styles_of(model, self.layout.config.tp_plan)
             check_heads(model.config, self.layout.tp_size)
+        if self.layout.pp is not None:
+            self._take_stage(model)
         cuts = cuts_of(model, self._styles)
         folded = {name: tuple(model.get_parameter(name).shape) for name, cut in cuts.items() if cut.parts > 1}
         self.layout = replace(self.layout, folded=folded)
@@ -53,11 +55,24 @@ class Joined:
             )
         return Spread(self.layout, self.agreement, cuts, units, commit)
 
+    def _take_stage(self, model: CausalLM) -> None:
+        from .pipeline import Elsewhere, PassedOn, take_stage
+
+        if model.is_quantized:
+            raise ParallelError("quantized weights cannot be shared out over the stages of a pipeline; use fsdp")
+        self.layout = replace(self.layout, shared=take_stage(model, self.layout))
+        here = {name for name, module in model.named_modules() if not isinstance(module, (Elsewhere, PassedOn))}
+        self._styles = {name: style for name, style in self._styles.items() if name in here}
+
     def finish(self, model: CausalLM) -> None:
         """Make the forwards those of the loaded weights, once all ranks have theirs."""
         self.agreement.meet()
         self.agreement.over = True  # what fails from here on fails alike, or is one rank's own affair
         model.layout = self.layout
+        if self.layout.pp is not None:
+            from .pipeline import become_stage
+
+            become_stage(model)
         if self.layout.tp is not None:
             from ..loading.parallel_states import usual_states
             from .parallel_forward import parallelize_forwards
