@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .models.llama import LlamaConfig, LlamaForCausalLM
     from .models.mistral import MistralConfig, MistralForCausalLM
     from .models.outputs import CausalLMOutputWithPast
+    from .models.parallel_adapters import shard_new_weights
     from .quant.config import BitsAndBytesConfig
     from .quant.linear import Linear4bit, Linear8bitLt
     from .quant.registry import register_quantizer
@@ -65,6 +66,7 @@ _HOME = {
     "register_causal_lm": ".registry",
     "register_kernel": ".kernels",
     "register_quantizer": ".quant.registry",
+    "shard_new_weights": ".models.parallel_adapters",
 }
 
 __all__ = [
@@ -99,6 +101,7 @@ __all__ = [
     "register_causal_lm",
     "register_kernel",
     "register_quantizer",
+    "shard_new_weights",
 ]
 
 

@@ -88,7 +88,7 @@ def load_into(
             if plan.tree.packed:
                 from .quantize import check_packed
 
-                check_packed(plan, checkpoint, mapped=way.mapped)
+                check_packed(plan, checkpoint, mapped=way.mapped, turn=None if spread is None else spread.turn)
             execute = _execute if spread is None else spread.execute
             streamed = execute(model, plan, checkpoint, way, initialize, progress)
         loaded = len(streamed.tensors)
@@ -179,7 +179,7 @@ def _report(
         bytes_mapped=streamed.bytes_mapped,
         bytes_copied=streamed.bytes_copied,
         bytes_quantized=streamed.bytes_quantized,
-        bytes_packed=plan.bytes_quantized()[1] if streamed.bytes_quantized else 0,
+        bytes_packed=streamed.bytes_packed,
         not_mapped=way.reason if streamed.bytes_copied else None,
         seconds=seconds,
         device_map=plan.placement.as_hf() if plan.placement.given else None,

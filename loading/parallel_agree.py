@@ -6,6 +6,8 @@ point comes to it all the same, with its error, and leaves.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
@@ -79,6 +81,21 @@ class Agreement:
             self.gather(Failure(f"{type(error).__name__}: {_short(error)}"))
         except ParallelError:  # nobody left to be told
             return
+
+
+@contextmanager
+def together(layout: Any) -> Iterator[Agreement | None]:
+    """What all ranks of a model's mesh do at once: if it fails on one, it does on all. layout: None for no mesh."""
+    if layout is None:
+        yield None
+        return
+    agreement = Agreement(layout.mesh)
+    try:
+        yield agreement
+        agreement.meet()
+    except BaseException as error:
+        agreement.fail(error)
+        raise
 
 
 def _short(error: BaseException) -> str:

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from ..errors import ParallelError
+from ..quant.shares import as_floats
 from .initialize import check_buffers, initialize_missing, recompute_buffers
 from .parallel_agree import Agreement
 from .parallel_mesh import Layout
+from .parallel_packed import complete, hold_as_floats, localize_packed
 from .parallel_shard import check_divides, cut_on_meta, filled, wrap_for_fsdp
 from .parallel_slices import Cut, localize, region
 from .plan import Plan
@@ -38,8 +40,6 @@ class Spread:
 
     def check(self, plan: Plan, checkpoint: Checkpoint) -> None:
         """Raise what cannot be spread, then agree with all ranks on what will be loaded; nothing is read yet."""
-        if plan.tree.packed:
-            raise ParallelError("quantized weights cannot be spread over a device mesh; load them without device_mesh")
         if not plan.placement.main_device.type == self.layout.device.type:
             raise ParallelError("device_map and device_mesh were both given; the mesh says where weights live")
         check_buffers(plan.tree)
@@ -58,6 +58,11 @@ class Spread:
             self.agreement.same(commit=self.commit, checkpoint=files, layers_per_stage=layers)
             self.agreement.same(self.layout.stage, plan=self._told(plan))
 
+    @property
+    def turn(self) -> tuple[int, int]:
+        """Which of how many ranks this is, where they divide work among them."""
+        return self.layout.fsdp_rank, self.layout.fsdp_size
+
     def execute(
         self,
         model: nn.Module,
@@ -75,9 +80,11 @@ class Spread:
             cut_on_meta(plan.tree, self.cuts, ties, self.layout)
         for target, source in ties.items():
             plan.tree.weights[target].put(plan.tree.weights[source].get())  # type: ignore[arg-type]
+        if plan.tree.packed:
+            hold_as_floats(plan)
         if self.layout.fsdp is not None:
             wrap_for_fsdp(model, self.units, self.layout)
-        local = localize(plan, self.cuts, self.layout)
+        local = localize_packed(localize(plan, self.cuts, self.layout), self.layout)
         with Progress(sum(move.entry.nbytes for move in local.moves), progress, plan.model_class) as bar:
             streamed = stream(local, checkpoint, bar if bar.watching else None, way)
         if lost := [name for name in plan.compare if name not in streamed.tied]:
@@ -85,8 +92,13 @@ class Spread:
                 f"{plan.name}: the model ties {lost[0]!r} to {plan.compare[lost[0]]!r}, but the checkpoint holds "
                 "different values for them; set tie_word_embeddings=False if that is meant"
             )
+        if plan.tree.packed:
+            self.agreement.meet()  # what one rank cannot quantize ends all, before they need each other
+            complete(plan, streamed.tensors, self.layout)
         values.update(streamed.tensors)
         self._assign(plan, values, streamed.tied)
+        for layer in plan.tree.packed.values():
+            layer.loaded()  # type: ignore[operator]
         _check_complete(model)
         return streamed
 
@@ -95,6 +107,7 @@ class Spread:
             if (value := values.get(name)) is None:
                 continue
             if slot.is_parameter:
+                value = as_floats(value) if slot.is_packed else value
                 value = values[name] = filled(slot.get(), value, name)  # type: ignore[arg-type]
             slot.put(value)
         for target, source in tied.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 
@@ -57,8 +58,10 @@ class ParallelConfig:
 class Layout:
     """A mesh with its dimensions told apart. ``fsdp``: the submesh over which weights are sharded (with a dimension in
     front over which they are replicated, if there is one), ``tp``: the one over which layers are cut; None: neither.
-    ``device``: where this rank's weights live. ``folded``: shapes in checkpoints of weights that have another one here.
-    ``pp``: the submesh of the stages of a pipeline; ``shared``: the weight that the first and the last of them hold.
+    ``device``: where this rank's weights live. ``folded``: shapes in checkpoints of weights that have another one here;
+    ``codes``: dtypes in checkpoints of codes that are held as numbers here. ``spread``: the modules whose weights the
+    ranks share. ``pp``: the submesh of the stages of a pipeline; ``shared``: the weight that the first and the last of
+    them hold.
     """
 
     mesh: DeviceMesh
@@ -67,6 +70,8 @@ class Layout:
     tp: DeviceMesh | None
     device: torch.device
     folded: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    codes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    spread: WeakSet[Any] = field(default_factory=WeakSet)
     pp: DeviceMesh | None = None
     shared: str | None = None
 

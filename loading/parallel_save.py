@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import ParallelError
-from .parallel_agree import Agreement
+from .parallel_agree import Agreement, together
 from .parallel_mesh import Layout
+from .parallel_shard import whole_tensor
 from .save import save_checkpoint, written_order
 
 
@@ -33,7 +34,9 @@ def save_spread(
     agreement = Agreement(layout.mesh)
     weights = _once(model)
     blanks = {
-        name: torch.empty(layout.folded.get(name, tuple(tensor.shape)), dtype=tensor.dtype, device="meta")
+        name: torch.empty(
+            layout.folded.get(name, tuple(tensor.shape)), dtype=layout.codes.get(name, tensor.dtype), device="meta"
+        )
         for name, tensor in weights.items()
     }
     stages = dict.fromkeys(blanks, 0)
@@ -44,7 +47,7 @@ def save_spread(
         _gathered(weights, blanks, order) if layout.pp is None else _brought(weights, blanks, order, stages, layout)
     )
     failed: BaseException | None = None
-    if dist.get_rank() == int(layout.mesh.mesh.flatten()[0]):
+    if _is_first(layout):
 
         def values(name: str) -> torch.Tensor:
             found, tensor = next(gathered)
@@ -64,6 +67,25 @@ def save_spread(
         agreement.fail(failed)
         raise failed
     agreement.meet()
+
+
+def first_writes(
+    layout: Layout, tensors: Mapping[str, Any], write: Callable[[Mapping[str, torch.Tensor]], None]
+) -> None:
+    """``write`` of whole tensors, together small enough for memory, on the CPU by the mesh's first rank; called on all
+    of its ranks, and all raise if it does."""
+    with together(layout), torch.no_grad():
+        gathered = {}
+        for name, tensor in tensors.items():
+            whole = whole_tensor(tensor)
+            if _is_first(layout):
+                gathered[name] = whole.to("cpu")
+        if _is_first(layout):
+            write(gathered)
+
+
+def _is_first(layout: Layout) -> bool:
+    return dist.get_rank() == int(layout.mesh.mesh.flatten()[0])
 
 
 def _once(model: nn.Module) -> dict[str, Any]:
@@ -88,8 +110,8 @@ def _gathered(
 
 def _whole(weight: Any, blank: torch.Tensor) -> torch.Tensor:
     tensor = weight.detach()
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole.to("cpu").reshape(blank.shape)
+    whole = whole_tensor(tensor, blank.dtype) if hasattr(tensor, "full_tensor") else tensor
+    return whole.to("cpu").view(blank.dtype).reshape(blank.shape)
 
 
 def _of_all_stages(

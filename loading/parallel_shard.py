@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..errors import ParallelError
 from .parallel_mesh import Layout
 from .parallel_slices import Cut, chunk
 from .tree import Tree
+
+if TYPE_CHECKING:
+    from .parallel_agree import Agreement
 
 
 def check_divides(tree: Tree, cuts: Mapping[str, Cut], layout: Layout) -> None:
@@ -58,19 +63,59 @@ def cut_on_meta(tree: Tree, cuts: Mapping[str, Cut], ties: Mapping[str, str], la
 
 def wrap_for_fsdp(model: nn.Module, units: Sequence[str], layout: Layout) -> None:
     """``fully_shard`` each unit and then what is left; parameters become shards along their first dimension."""
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
     config, own = layout.config, type(model)
-    options: dict[str, Any] = {"mesh": layout.fsdp, "mp_policy": config.mixed_precision or MixedPrecisionPolicy()}
+    options: dict[str, Any] = {"mp_policy": config.mixed_precision or MixedPrecisionPolicy()}
     if config.reshard_after_forward is not None:
         options["reshard_after_forward"] = config.reshard_after_forward
     for module in (*map(model.get_submodule, units), model):
-        wrapped: Any = fully_shard(module, **options)
-        if layout.device.type == "cpu":  # gloo's own average is the sum in older versions of torch
-            wrapped.set_force_sum_reduction_for_comms(True)
+        shard(module, layout, **options)
     made: Any = type(model)
     if own not in made.__bases__:  # the class that another library sees in its place would be a base of the new one
         model.__class__ = type(made.__name__, (FSDPModule, own), {"__deepcopy__": made.__deepcopy__})
+
+
+def shard(module: nn.Module, layout: Layout, **options: Any) -> None:
+    """``fully_shard`` a module over the layout's ranks; options as of that."""
+    from torch.distributed.fsdp import fully_shard
+
+    wrapped: Any = fully_shard(module, mesh=layout.fsdp, **options)
+    if layout.device.type == "cpu":  # gloo's own average is the sum in older versions of torch
+        wrapped.set_force_sum_reduction_for_comms(True)
+    layout.spread.update(module.modules())
+
+
+def let_go(model: nn.Module) -> None:
+    """Make every parameter a share again; what a forward left gathered is freed."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def drawn_alike(agreement: Agreement | None, layout: Layout | None) -> Iterator[None]:
+    """Within, all ranks draw the numbers that the first one would; afterwards the others go on as if they had not.
+    None: nothing to do."""
+    if agreement is None or layout is None:
+        yield
+        return
+    sources: list[Any] = [torch]
+    if layout.device.type != "cpu":
+        sources.append(torch.get_device_module(layout.device))
+    mine = [source.get_rng_state() for source in sources]
+    told = agreement.meet(states=mine)
+    first = min(told)
+    for source, state in zip(sources, told[first]["states"], strict=True):
+        source.set_rng_state(state)
+    try:
+        yield
+    finally:
+        if dist.get_rank() != first:
+            for source, state in zip(sources, mine, strict=True):
+                source.set_rng_state(state)
 
 
 def distributed(local: torch.Tensor, mesh: Any, placements: Any, shape: Sequence[int]) -> torch.Tensor:
@@ -80,6 +125,15 @@ def distributed(local: torch.Tensor, mesh: Any, placements: Any, shape: Sequence
     whole = torch.Size(shape)
     stride = torch.empty(whole, device="meta").stride()
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=whole, stride=stride)
+
+
+def whole_tensor(tensor: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The whole of a distributed tensor; all its ranks call it. dtype: seen as this one, of the same size."""
+    local = tensor.to_local()
+    if dtype is None or dtype == local.dtype:
+        return tensor.full_tensor()
+    seen = distributed(local.view(dtype), tensor.device_mesh, tensor.placements, tensor.shape)
+    return seen.full_tensor()  # type: ignore[attr-defined]
 
 
 def filled(blank: nn.Parameter, local: torch.Tensor, name: str) -> nn.Parameter:

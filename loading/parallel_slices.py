@@ -64,10 +64,13 @@ def region(shape: tuple[int, ...], cut: Cut | None, layout: Layout) -> tuple[tup
 
 
 def localize(plan: Plan, cuts: Mapping[str, Cut], layout: Layout) -> Plan:
-    """The plan of what this rank reads: each parameter's move with its part of the tensor; buffers are whole."""
+    """The plan of what this rank reads: each parameter's move with its part of the tensor; buffers are whole.
+
+    What is quantized is left as it is: see `parallel_packed.localize_packed`.
+    """
     moves = []
     for move in plan.moves:
-        if plan.tree.weights[move.target].is_parameter:
+        if plan.tree.weights[move.target].is_parameter and move.packing is None:
             viewed = move.entry.shape if (cut := cuts.get(move.target)) is None else cut.viewed(move.entry.shape)
             move = _part_of(move, viewed, region(move.entry.shape, cut, layout))
         moves.append(move)

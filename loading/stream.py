@@ -32,13 +32,15 @@ MAPPED = Way()
 
 
 class Streamed(NamedTuple):
-    """Loaded tensors by model name, the ties that the bytes confirmed, and what it took, in bytes of the files."""
+    """Loaded tensors by model name, the ties that the bytes confirmed, and what it took, in bytes of the files;
+    ``bytes_packed``: of what was made of those that were quantized."""
 
     tensors: dict[str, torch.Tensor]
     tied: dict[str, str]
     bytes_mapped: int
     bytes_copied: int
     bytes_quantized: int = 0
+    bytes_packed: int = 0
 
 
 def choose_way(plan: Plan, disable_mmap: bool | None) -> Way:
@@ -104,6 +106,7 @@ def stream(plan: Plan, checkpoint: Checkpoint, watch: Watch | None = None, way: 
         mapped + made.bytes_mapped,
         copied + made.bytes_copied,
         quantized + made.bytes_quantized,
+        plan.bytes_quantized()[1],
     )
 
 

@@ -62,18 +62,18 @@ def survey(model: nn.Module) -> Tree:
 
     def visit(module: nn.Module, prefix: str) -> None:
         modules[prefix[:-1]] = module
+        renamed: Any = {}
+        if hasattr(type(module), "checkpoint_names"):  # a packed layer: its tensors have other names in files
+            renamed = module.checkpoint_names
+            packed[prefix[:-1]] = module
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                name = prefix + attribute
+                name = prefix + renamed.get(attribute, attribute)
                 weights[name] = Slot(module, attribute, parameter, True)
                 if first.setdefault(id(parameter), name) != name:
                     shared[name] = first[id(parameter)]
         if module._buffers:
             loose = module._non_persistent_buffers_set
-            renamed: Any = {}
-            if hasattr(type(module), "checkpoint_names"):  # a packed layer: its buffers have other names in files
-                renamed = module.checkpoint_names
-                packed[prefix[:-1]] = module
             for attribute, buffer in module._buffers.items():
                 if buffer is not None:
                     name = prefix + renamed.get(attribute, attribute)

@@ -28,7 +28,7 @@ from .freezing import set_trainable
 from .head import fused_loss, why_not_fused
 from .outputs import CausalLMOutputWithPast, keep_positions
 from .packing import PACKING
-from .parallel import across_ranks
+from .parallel import across_ranks, check_all_spread
 from .peer_class import reduce_by_type, seen_class, set_class
 from .recompute import recomputation
 
@@ -182,6 +182,8 @@ class CausalLM(AdapterMethods, nn.Module):
             raise ArgumentError(f"{type(self).__name__}.forward got an unknown argument {unknown[0]!r}{hint}")
         has_labels = labels is not None or loss_kwargs.get("shift_labels") is not None
         fused = self._skips_logits(skip_logits, has_labels)
+        if self.layout is not None and self.training:
+            check_all_spread(self)
         outputs = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -411,7 +413,7 @@ class CausalLM(AdapterMethods, nn.Module):
             vars(module).get(ON_DISK, {}).get(name, parameter.dtype)
             for module in self.modules()
             for name, parameter in module._parameters.items()
-            if parameter is not None and parameter.is_floating_point()
+            if parameter is not None and parameter.is_floating_point() and parameter.dtype.itemsize > 1  # else codes
         )
 
     @property

@@ -37,6 +37,7 @@ class Joined:
     def spread(self, model: CausalLM, commit: str | None) -> Spread:
         """How a model on meta is to be spread. Raises ParallelError if it cannot be."""
         from ..loading.parallel_load import Spread
+        from ..loading.parallel_packed import share_out_packed
         from .parallel_plan import check_heads, cuts_of, styles_of
 
         if self.layout.tp is not None:
@@ -45,8 +46,9 @@ class Joined:
         if self.layout.pp is not None:
             self._take_stage(model)
         cuts = cuts_of(model, self._styles)
+        codes = share_out_packed(model) if model.is_quantized else {}
         folded = {name: tuple(model.get_parameter(name).shape) for name, cut in cuts.items() if cut.parts > 1}
-        self.layout = replace(self.layout, folded=folded)
+        self.layout = replace(self.layout, folded=folded, codes=codes)
         units = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
         if self.layout.fsdp is not None and not units:
             raise ParallelError(
@@ -58,8 +60,6 @@ class Joined:
     def _take_stage(self, model: CausalLM) -> None:
         from .pipeline import Elsewhere, PassedOn, take_stage
 
-        if model.is_quantized:
-            raise ParallelError("quantized weights cannot be shared out over the stages of a pipeline; use fsdp")
         self.layout = replace(self.layout, shared=take_stage(model, self.layout))
         here = {name for name, module in model.named_modules() if not isinstance(module, (Elsewhere, PassedOn))}
         self._styles = {name: style for name, style in self._styles.items() if name in here}
@@ -73,6 +73,7 @@ class Joined:
             from .pipeline import become_stage
 
             become_stage(model)
+        self.layout.spread.update(model.modules())
         if self.layout.tp is not None:
             from ..loading.parallel_states import usual_states
             from .parallel_forward import parallelize_forwards
@@ -162,7 +163,7 @@ def _download(name: Any, kwargs: dict[str, Any]) -> str | None:
     return source.commit
 
 
-def refuse_on_mesh(source: Source, device_map: Any, max_memory: Any, quantizer: Any) -> None:
+def refuse_on_mesh(layout: Layout, source: Source, device_map: Any, max_memory: Any, quantizer: Any) -> None:
     """ParallelError for what cannot be spread over a mesh."""
     from .adapters.source import AdaptedSource
 
@@ -170,16 +171,41 @@ def refuse_on_mesh(source: Source, device_map: Any, max_memory: Any, quantizer: 
         raise ParallelError(
             "device_map (or max_memory) and device_mesh were both given; the mesh says where weights live"
         )
-    if quantizer is not None:
+    if quantizer is not None and (layout.tp is not None or layout.pp is not None):
         raise ParallelError(
-            "quantized weights cannot be spread over a device mesh: codes are no numbers to be sharded and reduced; "
-            "load without device_mesh, or without quantization"
+            f"quantized weights cannot be cut for tensor parallelism or a pipeline ({layout.describe()}): blocks of "
+            "codes go across their parts; give a mesh whose dimensions are fsdp's alone, or load without quantization"
+        )
+    if quantizer is not None and layout.config.mixed_precision is not None:
+        raise ParallelError(
+            "mixed_precision would cast codes, which are no numbers; a quantized model computes in "
+            "bnb_4bit_compute_dtype, and its other weights are in dtype=: set these, and leave mixed_precision out"
         )
     if isinstance(source, AdaptedSource):
+        refuse_adapters(layout)
+
+
+def refuse_adapters(layout: Layout) -> None:
+    """ParallelError if adapters cannot be put on a model that is spread so."""
+    if layout.tp is not None or layout.pp is not None:
         raise ParallelError(
-            f"{source.name!r} is an adapter, which cannot be put on a model that is spread over a device mesh; merge "
-            "it into its base first (merge_and_unload, save_pretrained), and load that"
+            "an adapter cannot be put on a model that is cut for tensor parallelism or a pipeline "
+            f"({layout.describe()}): its matrices would be nobody's share; use a mesh whose dimensions are fsdp's "
+            "alone, or merge the adapter into its base on one process (merge_and_unload, save_pretrained) and load that"
         )
+
+
+def check_all_spread(model: CausalLM) -> None:
+    """ParallelError for weights that would be trained on each rank by itself, so that ranks come apart."""
+    layout = model.layout
+    if layout.fsdp is None or not torch.is_grad_enabled():
+        return
+    for name, module in model.named_modules():
+        if module not in layout.spread and any(p is not None and p.requires_grad for p in module._parameters.values()):
+            raise ParallelError(
+                f"{name} came onto the model after it was spread over its device mesh, and every rank would train "
+                "weights of its own; call loadstone.shard_new_weights(model) on all ranks, before the optimizer is made"
+            )
 
 
 def class_of(model: Any) -> type:

@@ -93,7 +93,7 @@ def load_pretrained(
     selection = _choose(config, attn_implementation, kernels)
     quantizer = choose_quantizer(source.name, config, quantization_config)
     if device_mesh is not None:
-        refuse_on_mesh(source, device_map, max_memory, quantizer)
+        refuse_on_mesh(device_mesh.layout, source, device_map, max_memory, quantizer)
     checkpoint = origin.checkpoint(source)
     config.dtype = choose_dtype(dtype if dtype is not None else torch_dtype, config, checkpoint)
     generation_config = generation_config_of(generation_config, source, config)
@@ -295,7 +295,7 @@ def save_pretrained(
                 "with adapters save_pretrained writes the active adapter alone, to a directory: leave out state_dict "
                 "and push_to_hub, or merge_and_unload() the adapters first"
             )
-        if is_main_process:
+        if is_main_process or model.layout is not None:
             model.save_adapter(save_directory)
         return
     if model.layout is not None and state_dict is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import OffloadError, QuantizationError
+from ..errors import OffloadError, ParallelError, QuantizationError
 from .configuration import PreTrainedConfig
 
 if TYPE_CHECKING:
@@ -66,6 +66,11 @@ def dequantize(model: CausalLM, dtype: torch.dtype | None = None) -> CausalLM:
         raise QuantizationError(f"this {type(model).__name__} is not quantized; there is nothing to dequantize")
     from ..loading.offload import is_offloaded
 
+    if model.layout is not None:
+        raise ParallelError(
+            f"a quantized model on a device mesh ({model.layout.describe()}) cannot be dequantized, for each rank has "
+            "a share of the codes; load it without quantization, or dequantize() it on one process and save that"
+        )
     if is_offloaded(model):
         raise OffloadError(
             "some weights of this model are offloaded, and decoded they would all have to be in memory; load the model "

@@ -46,10 +46,10 @@ def quantize_4bit(
     the storage dtype.
     """
     _check(weight, blocksize, storage)
-    packed, absmax = _encode(weight.reshape(-1), quant_type, blocksize)
+    packed, absmax = encode_blocks(weight.reshape(-1), quant_type, blocksize)
     nested = None
     if double_quant:
-        absmax, nested = _nest(absmax)
+        absmax, nested = nest_scales(absmax)
     code = codebook(quant_type).to(weight.device, copy=True)
     state = QuantState(absmax, tuple(weight.shape), weight.dtype, blocksize, quant_type, code, nested)
     return packed.view(storage).unsqueeze(1), state
@@ -106,8 +106,8 @@ def _check(weight: Tensor, blocksize: int, storage: torch.dtype) -> None:
         )
 
 
-def _encode(flat: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
-    """(packed (ceil(n / 2),) uint8, absmax (blocks,) fp32)."""
+def encode_blocks(flat: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    """(packed (ceil(n / 2),) uint8, absmax (blocks,) fp32) of numbers in a row, which begin where a block does."""
     whole = flat.numel() // blocksize * blocksize
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32, device=flat.device)
@@ -198,8 +198,8 @@ def _cells(quant_type: str) -> Tensor:
     return table
 
 
-def _nest(absmax: Tensor) -> tuple[Tensor, NestedState]:
-    """Scales as 8 bits each, and the state that decodes them."""
+def nest_scales(absmax: Tensor) -> tuple[Tensor, NestedState]:
+    """All scales of a tensor as 8 bits each, and the state that decodes them."""
     code = dynamic_map().to(absmax.device, copy=True)
     mean = absmax.mean()
     apart = absmax - mean

@@ -18,6 +18,7 @@ from .eight_bit import dequantize_rows, linear_int8, quantize_rows
 from .four_bit import dequantize_4bit, packed_bytes, quantize_4bit
 from .packed import PackedLinear, Recipe
 from .quant_state import NestedState, QuantState
+from .shares import Gather, Part, Share, as_codes, completed_4bit, part_of_4bit, part_of_8bit, refuse_shared
 from .wrappers import mark_codes
 
 _JSON = "quant_state.bitsandbytes__"
@@ -36,6 +37,7 @@ class Linear4bit(PackedLinear):
 
     read_first = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state")
     stay_on_cpu = ("quant_state",)
+    shared_out = ("weight", "absmax", "nested_absmax")
     kernels: Kernels = AUTO
     absmax: Tensor
     quant_map: Tensor
@@ -89,16 +91,20 @@ class Linear4bit(PackedLinear):
         """bitsandbytes' names of the buffers."""
         return _NAMES_4BIT[self.quant_type]
 
+    def packed_attributes(self) -> list[str]:
+        """The attributes that hold the weight, in bitsandbytes' order."""
+        held = {**self._parameters, **self._buffers}
+        return [name for name in ("weight", *self.checkpoint_names) if held.get(name) is not None]
+
     @property
     def weight_state(self) -> QuantState:
         """What decodes the packed weight, on its device."""
-        nested = None
+        nested, absmax = None, self.absmax
         if self.compress_statistics:
             nested = NestedState(self.nested_absmax, self.nested_quant_map, self.nested_offset, self.nested_blocksize)
+            absmax = as_codes(absmax, torch.uint8)
         shape = (self.out_features, self.in_features)
-        return QuantState(
-            self.absmax, shape, self.source_dtype, self.blocksize, self.quant_type, self.quant_map, nested
-        )
+        return QuantState(absmax, shape, self.source_dtype, self.blocksize, self.quant_type, self.quant_map, nested)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features); gradients reach the input and the bias."""
@@ -113,7 +119,16 @@ class Linear4bit(PackedLinear):
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """(out_features, in_features), in ``dtype`` or that of the tensor which was quantized."""
+        refuse_shared(self)
         return dequantize_4bit(self.weight, self.weight_state, dtype, kernels=self.kernels)
+
+    def part_of(self, share: Share) -> Part:
+        """See `shares.part_of_4bit`."""
+        return part_of_4bit(self, share)
+
+    def completed(self, parts: Mapping[str, Tensor], share: Share, gather: Gather) -> dict[str, Tensor]:
+        """See `shares.completed_4bit`."""
+        return completed_4bit(self, parts, share, gather)
 
     def load_recipe(self, attribute: str) -> Recipe | None:
         """A floating-point ``weight`` becomes all tensors but the bias."""
@@ -129,7 +144,7 @@ class Linear4bit(PackedLinear):
             parts = {attributes[f"weight.{name}"]: tensor for name, tensor in state.to_tensors().items()}
             return {"weight": packed, **parts}
 
-        makes = ("weight", *(name for name in attributes.values() if name in self._buffers))
+        makes = ("weight", *(name for name in attributes.values() if hasattr(self, name)))
         return Recipe(shape, self.source_dtype, makes, run)
 
     def accepts(self, attribute: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
@@ -185,6 +200,7 @@ class Linear8bitLt(PackedLinear):
 
     read_first = ("SCB", "weight_format")
     stay_on_cpu = ("weight_format",)
+    shared_out = ("weight", "SCB")
     kernels: Kernels = AUTO
     SCB: Tensor
     weight_format: Tensor
@@ -214,11 +230,21 @@ class Linear8bitLt(PackedLinear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features); gradients reach the input and the bias."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        return linear_int8(input, self.weight, self.SCB, bias, self.threshold, kernels=self.kernels)
+        rows = as_codes(self.weight, torch.int8)
+        return linear_int8(input, rows, self.SCB, bias, self.threshold, kernels=self.kernels)
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """(out_features, in_features), in ``dtype`` or that of the layer's bias and siblings."""
+        refuse_shared(self)
         return dequantize_rows(self.weight, self.SCB, dtype or self.source_dtype)
+
+    def part_of(self, share: Share) -> Part:
+        """See `shares.part_of_8bit`."""
+        return part_of_8bit(self, share)
+
+    def completed(self, parts: Mapping[str, Tensor], share: Share, gather: Gather) -> dict[str, Tensor]:
+        """The parts, and the mark of row-major layout."""
+        return {**parts, "weight_format": torch.zeros((), dtype=torch.uint8, device="cpu")}
 
     def load_recipe(self, attribute: str) -> Recipe | None:
         """A floating-point ``weight`` becomes rows, their scales, and the mark of row-major layout."""

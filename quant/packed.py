@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import QuantizationError
 from .wrappers import mark_codes, watch_wrappers
+
+if TYPE_CHECKING:
+    from .shares import Gather, Part, Share
 
 
 class Recipe(NamedTuple):
@@ -39,7 +42,8 @@ class PackedLinear(nn.Linear):
     values before anything is loaded. ``stay_on_cpu``: buffers of text or numbers that no forward reads.
     ``own_dtype``: attributes that keep the floating-point dtype they have in a file. ``text_room``: bytes by which a
     text of ``stay_on_cpu`` may be longer than that of a layer of zeros. And `load_recipe`, `accepts`, `check_parts`,
-    `loaded`.
+    `loaded`. ``shared_out``: attributes that the ranks of a device mesh share out along their first dimension; with
+    it go `part_of` and `completed`. The forward gets them as `shares.as_floats` gives them.
 
     ``bias`` is a floating-point parameter or None; it loads as in any module.
     """
@@ -49,6 +53,7 @@ class PackedLinear(nn.Linear):
     read_first: ClassVar[tuple[str, ...]] = ()
     stay_on_cpu: ClassVar[tuple[str, ...]] = ()
     own_dtype: ClassVar[tuple[str, ...]] = ()
+    shared_out: ClassVar[tuple[str, ...]] = ()
     text_room: int = 0
 
     weight: nn.Parameter
@@ -89,6 +94,14 @@ class PackedLinear(nn.Linear):
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """(out_features, in_features), in ``dtype`` or that of the tensor which was quantized."""
         raise QuantizationError(f"{type(self).__name__} cannot be dequantized")
+
+    def part_of(self, share: Share) -> Part:
+        """What a rank reads of a floating-point weight, and makes of it, for its share of what is ``shared_out``."""
+        raise QuantizationError(f"{type(self).__name__} cannot be shared out")
+
+    def completed(self, parts: Mapping[str, Tensor], share: Share, gather: Gather) -> dict[str, Tensor]:
+        """All tensors of a rank's share, from what its part has made; all ranks call it together."""
+        return dict(parts)
 
     # What every packed layer does
 
@@ -156,6 +169,11 @@ class PackedLinear(nn.Linear):
         """The tensors that hold the weight, by attribute, as `fill` takes them."""
         held = {name: getattr(self, name) for name in self.packed_attributes()}
         return {name: tensor.detach() for name, tensor in held.items() if tensor is not None}
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether this rank holds a share of the codes alone; not while the layer runs."""
+        return hasattr(self._parameters["weight"], "full_tensor")
 
     def packed_attributes(self) -> list[str]:
         """The attributes that hold the weight: all tensors of a state dict but the bias."""

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ...errors import ArgumentError, ConfigError, ParallelError, nearest
+from ...loading.parallel_agree import together
+from ...loading.parallel_shard import drawn_alike, let_go, shard
+from ..parallel import refuse_adapters
 from .config import ALL_LINEAR, LoraConfig
 from .layer import LoraLinear, is_adaptable
 from .patterns import linear_pattern
 
 if TYPE_CHECKING:
+    from ...loading.parallel_agree import Agreement
     from ..causal_lm import CausalLM
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -21,34 +25,42 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 def add_adapter(model: CausalLM, config: Any, adapter_name: str = "default") -> list[str]:
     """See `AdapterMethods.add_adapter`; the names of the layers adapted."""
-    config = LoraConfig.of(config)
-    targets = find_targets(model, config)
-    attach(model, config, adapter_name, targets)
-    set_adapter(model, adapter_name)
+    with together(model.layout) as agreement:
+        config = LoraConfig.of(config)
+        targets = find_targets(model, config)
+        attach(model, config, adapter_name, targets, agreement)
+        set_adapter(model, adapter_name)
     return targets
 
 
-def attach(model: CausalLM, config: LoraConfig, name: str, targets: list[str]) -> None:
-    """Put adapter ``name`` beside each of the named layers; all other parameters are frozen."""
+def attach(
+    model: CausalLM, config: LoraConfig, name: str, targets: list[str], agreement: Agreement | None = None
+) -> None:
+    """Put adapter ``name`` beside each of the named layers; all other parameters are frozen.
+
+    agreement: of the ranks of a model on a device mesh, that do it together; the matrices are sharded as they come.
+    """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ArgumentError(f"an adapter's name is up to 64 letters, digits, '_' and '-', not {name!r}")
     if name in model.adapters:
         raise ArgumentError(f"the model has an adapter {name!r} already; delete_adapter({name!r}), or use another name")
-    if model.layout is not None:
-        raise ParallelError(
-            f"an adapter cannot be put on a model that is spread over a device mesh ({model.layout.describe()}): its "
-            "matrices would be nobody's share; train it without device_mesh, or merge it into the base and load that"
-        )
     _refuse_merged(model, "add an adapter")
     refuse_foreign(model)
-    for target in targets:
-        owner, _, attribute = target.rpartition(".")
-        parent = model.get_submodule(owner)
-        layer = getattr(parent, attribute)
-        if not isinstance(layer, LoraLinear):
-            layer = LoraLinear(layer)
-            setattr(parent, attribute, layer)
-        layer.add(name, config)
+    if model.layout is not None:
+        refuse_adapters(model.layout)
+        let_go(model)
+    with drawn_alike(agreement, model.layout):
+        for target in targets:
+            owner, _, attribute = target.rpartition(".")
+            parent = model.get_submodule(owner)
+            layer = getattr(parent, attribute)
+            if not isinstance(layer, LoraLinear):
+                layer = LoraLinear(layer)
+                setattr(parent, attribute, layer)
+            layer.add(name, config)
+            if model.layout is not None:
+                for matrix in (layer.lora_A[name], layer.lora_B[name]):
+                    shard(matrix, model.layout, reshard_after_forward=False)
     model.adapters = {**model.adapters, name: config}
     for parameter in model.parameters():
         parameter.requires_grad = False
@@ -122,6 +134,8 @@ def set_adapter(model: CausalLM, name: str | None, trainable: bool = True) -> No
     if name is not None:
         _known(model, name)
     _refuse_merged(model, "switch adapters")
+    if model.layout is not None:
+        let_go(model)  # what is gathered would be thrown away, and what is said of it
     for layer in lora_layers(model).values():
         layer.active = name
         for matrices in (layer.lora_A, layer.lora_B):
@@ -145,6 +159,11 @@ def delete_adapter(model: CausalLM, name: str) -> None:
 
 def merge(model: CausalLM) -> None:
     """See `AdapterMethods.merge_adapter`."""
+    if model.layout is not None:
+        raise ParallelError(
+            f"an adapter cannot be merged on a device mesh ({model.layout.describe()}): save_adapter() it on all "
+            "ranks, then load base and adapter on one process and merge there"
+        )
     if model.active_adapter is None:
         raise ArgumentError("no adapter is active; set_adapter(name) first")
     layers = list(lora_layers(model).values())

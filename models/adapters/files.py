@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,10 @@ from ...loading.atomic import Contents, replace_contents
 from ...loading.checkpoint import Checkpoint
 from ...loading.files import Files
 from ...loading.header import TensorEntry, read_header
+from ...loading.parallel_agree import together
+from ...loading.parallel_save import first_writes
+from ...loading.parallel_shard import let_go
+from ...loading.parallel_slices import chunk
 from ...loading.source import Source
 from ...loading.strict_json import read_json_file
 from ...loading.writer import check_writable, sync, write_safetensors
@@ -34,6 +38,7 @@ from .layer import features, is_adaptable
 from .source import CONFIG
 
 if TYPE_CHECKING:
+    from ...loading.parallel_mesh import Layout
     from ..causal_lm import CausalLM
 
 WEIGHTS = "adapter_model.safetensors"
@@ -50,24 +55,33 @@ def save_adapter(model: CausalLM, directory: str | os.PathLike[str], adapter_nam
         held = ", ".join(model.adapters) or "none"
         raise ArgumentError(f"there is no adapter {name!r} to save (the model has {held})")
     config = model.adapters[name]
+    if model.layout is not None:
+        let_go(model)
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.scaling}
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         for side, matrices in (("A", layer.lora_A), ("B", layer.lora_B)):
             key = f"base_model.model.{path}.lora_{side}.weight"
             tensors[key] = matrices[name].weight.detach()  # type: ignore[operator]
-            check_writable(key, tensors[key])
     values = config.to_dict(in_out=any(layer.in_out for layer in layers.values()))
     if values["base_model_name_or_path"] is None:
         values["base_model_name_or_path"] = model.name_or_path or None
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
 
-    def write(staging: Path) -> Sequence[Sequence[str]]:
-        (staging / CONFIG).write_text(text, encoding="utf-8")
-        sync(write_safetensors(staging / WEIGHTS, tensors, {"format": "pt"}))
-        return [[WEIGHTS], [CONFIG]]
+    def write_all(tensors: Mapping[str, Tensor]) -> None:
+        def write(staging: Path) -> Sequence[Sequence[str]]:
+            (staging / CONFIG).write_text(text, encoding="utf-8")
+            sync(write_safetensors(staging / WEIGHTS, tensors, {"format": "pt"}))
+            return [[WEIGHTS], [CONFIG]]
 
-    replace_contents(directory, Contents(write, lambda old: old == _PICKLE))
+        for key, tensor in tensors.items():
+            check_writable(key, tensor)
+        replace_contents(directory, Contents(write, lambda old: old == _PICKLE))
+
+    if model.layout is None:
+        write_all(tensors)
+    else:
+        first_writes(model.layout, tensors, write_all)
 
 
 def read_config(source: Source) -> LoraConfig:
@@ -82,19 +96,21 @@ def read_config(source: Source) -> LoraConfig:
 
 def load_adapter(model: CausalLM, source: Source, adapter_name: str = "default", is_trainable: bool = False) -> None:
     """See `AdapterMethods.load_adapter`. Everything is checked before the model changes."""
-    config = read_config(source)
-    checkpoint = _open(source)
-    pairs = _pairs(checkpoint)
-    _check(model, config, source, pairs)
-    targets = [name for name, _ in outer_modules(model) if name in pairs]
-    values = _read(checkpoint, pairs)
-    attach(model, config, adapter_name, targets)
-    layers = lora_layers(model)
-    for name in targets:
-        for side, matrices in (("A", layers[name].lora_A), ("B", layers[name].lora_B)):
-            weight: Any = matrices[adapter_name].weight
-            weight.detach().copy_(values[name, side])
-    set_adapter(model, adapter_name, trainable=is_trainable)
+    with together(model.layout) as agreement:
+        config = read_config(source)
+        checkpoint = _open(source)
+        pairs = _pairs(checkpoint)
+        _check(model, config, source, pairs)
+        targets = [name for name, _ in outer_modules(model) if name in pairs]
+        values = _read(checkpoint, pairs, model.layout)
+        attach(model, config, adapter_name, targets, agreement)
+        layers = lora_layers(model)
+        for name in targets:
+            for side, matrices in (("A", layers[name].lora_A), ("B", layers[name].lora_B)):
+                weight: Any = matrices[adapter_name].weight
+                mine = weight.detach() if model.layout is None else weight.detach().to_local()
+                mine.copy_(values[name, side])
+        set_adapter(model, adapter_name, trainable=is_trainable)
 
 
 def _open(source: Source) -> Checkpoint:
@@ -109,14 +125,19 @@ def _open(source: Source) -> Checkpoint:
     raise NotFoundError(f"{source.describe()} has a {CONFIG} but no {WEIGHTS}")
 
 
-def _read(checkpoint: Checkpoint, pairs: dict[str, dict[str, TensorEntry]]) -> dict[tuple[str, str], Tensor]:
-    """The matrices in memory, by layer and side; IntegrityError or ReadError for a file that has changed or fails."""
+def _read(
+    checkpoint: Checkpoint, pairs: dict[str, dict[str, TensorEntry]], layout: Layout | None
+) -> dict[tuple[str, str], Tensor]:
+    """The matrices in memory, or this rank's rows of them, by layer and side; IntegrityError or ReadError for a file
+    that has changed or fails."""
+    found = {}
     with Files(checkpoint, mapped=False) as files:
-        return {
-            (name, side): files.flat(entry, 0, entry.nbytes // entry.dtype.itemsize).view(entry.shape)
-            for name, pair in pairs.items()
-            for side, entry in pair.items()
-        }
+        for name, pair in pairs.items():
+            for side, entry in pair.items():
+                rows, width = entry.shape
+                begin, end = (0, rows) if layout is None else chunk(rows, layout.fsdp_size, layout.fsdp_rank)
+                found[name, side] = files.flat(entry, begin * width, end * width).view(end - begin, width)
+    return found
 
 
 def _pairs(checkpoint: Checkpoint) -> dict[str, dict[str, TensorEntry]]:

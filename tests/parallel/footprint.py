@@ -7,7 +7,7 @@ from typing import Any
 
 from parallel import steps
 
-from loadstone import AutoModelForCausalLM
+from loadstone import AutoModelForCausalLM, BitsAndBytesConfig
 
 
 def _status(name: str) -> int:
@@ -20,9 +20,11 @@ def _status(name: str) -> int:
 def peaks(rank: int, small: Path, large: Path, count: int) -> dict[str, tuple[int, int, int]]:
     """For each way of spreading: bytes added at the peak of a load, bytes held after it, bytes read."""
     told = {}
-    for strategy in ("fsdp", "tp"):
-        mesh = steps.mesh(strategy, (count,))
+    for strategy in ("fsdp", "tp", "nf4"):
+        mesh = steps.mesh("tp" if strategy == "tp" else "fsdp", (count,))
         options: dict[str, Any] = {"device_mesh": mesh, "disable_mmap": True}  # mapped pages are not always counted
+        if strategy == "nf4":
+            options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
         AutoModelForCausalLM.from_pretrained(small, **options)  # what is imported by the first load
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loadstone import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, LoraConfig, ParallelConfig
+from loadstone import AutoModelForCausalLM, LlamaForCausalLM, ParallelConfig
 from loadstone.loading import parallel_load
 
 Seen = tuple[str, str]
@@ -28,7 +28,7 @@ def named(*sizes: int, names: tuple[str, ...] | None) -> Any:
     return init_device_mesh("cpu", sizes, mesh_dim_names=names)
 
 
-def seen(rank: int, place: Path, odd: Path, other: Path, adapter: Path) -> dict[str, Seen]:
+def seen(rank: int, place: Path, odd: Path, other: Path) -> dict[str, Seen]:
     """Every attempt by name. One after the other in one group: a rank that waited for another would be stuck."""
     tp, fsdp = named(2, names=("tp",)), named(2, names=("fsdp",))
     found = {
@@ -46,8 +46,6 @@ def seen(rank: int, place: Path, odd: Path, other: Path, adapter: Path) -> dict[
         "kv heads": attempt(odd / "kv", device_mesh=tp),
         "intermediate": attempt(odd / "intermediate", device_mesh=tp),
         "vocabulary": attempt(odd / "vocabulary", device_mesh=tp),
-        "quantized": attempt(place, device_mesh=fsdp, quantization_config=BitsAndBytesConfig(load_in_4bit=True)),
-        "adapter": attempt(adapter, device_mesh=fsdp),
         "style": attempt(place, device_mesh=tp, parallel=ParallelConfig(tp_plan={"lm_head": "columns"})),
         "pattern": attempt(place, device_mesh=tp, parallel=ParallelConfig(tp_plan={"model.head": "colwise"})),
         "module": attempt(place, device_mesh=tp, parallel=ParallelConfig(tp_plan={"model.norm": "colwise"})),
@@ -73,7 +71,6 @@ def seen(rank: int, place: Path, odd: Path, other: Path, adapter: Path) -> dict[
     found["a file goes while it is read"] = _vanishing(rank, place, fsdp)
     model = AutoModelForCausalLM.from_pretrained(place, device_mesh=fsdp)
     for name, call in {
-        "add_adapter": lambda: model.add_adapter(LoraConfig(target_modules=["q_proj"])),
         "resize": lambda: model.resize_token_embeddings(128),
         "push": lambda: model.push_to_hub("a/b"),
         "saving to a file": lambda: model.save_pretrained(place / "config.json"),
@@ -105,7 +102,7 @@ def _vanishing(rank: int, place: Path, mesh: Any) -> Seen:
         parallel_load.Spread.execute = agreed  # type: ignore[method-assign]
 
 
-def make(directory: Path) -> tuple[Path, Path, Path, Path]:
+def make(directory: Path) -> tuple[Path, Path, Path]:
     """The checkpoints for `seen`."""
     import tiny
     from parallel.steps import SIZES
@@ -129,7 +126,4 @@ def make(directory: Path) -> tuple[Path, Path, Path, Path]:
     tensors = load_file(file)
     save_file({**tensors, "lm_head.weight": torch.randn_like(tensors["model.embed_tokens.weight"])}, file)
     (odd / "damaged" / "model.safetensors").write_bytes(b"\x00" * 100)
-    model = AutoModelForCausalLM.from_pretrained(directory / "good")
-    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
-    model.save_pretrained(directory / "adapter")
-    return directory / "good", odd, directory / "other", directory / "adapter"
+    return directory / "good", odd, directory / "other"

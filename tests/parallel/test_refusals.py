@@ -22,8 +22,6 @@ SAYS = {
     "kv heads": "num_key_value_heads=1",
     "intermediate": "gate_proj.weight",
     "vocabulary": "embed_tokens.weight",
-    "quantized": "without quantization",
-    "adapter": "merge",
     "style": "'columns'",
     "pattern": "names no module",
     "module": "RMSNorm",
@@ -34,7 +32,6 @@ SAYS = {
     "one has another checkpoint": "do not agree about the checkpoint",
     "no layers": "_no_split_modules",
     "no plan": "_tp_plan",
-    "add_adapter": "spread over a device mesh",
     "resize": "cannot be resized",
     "push": "save_pretrained",
 }
