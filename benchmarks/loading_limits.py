@@ -10,7 +10,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,11 @@ def drop_cache(files: Sequence[Path]) -> None:
 
 
 def warm_cache(files: Sequence[Path]) -> None:
-    """The files are in the page cache."""
+    """The files are in the page cache, brought there by one plain read.
+
+    Pages that came otherwise are of other sizes, and what it costs to map them differs tenfold.
+    """
+    drop_cache(files)
     buffer = bytearray(8 << 20)
     for file in files:
         with open(file, "rb", buffering=0) as raw:
@@ -95,33 +99,40 @@ def touch(files: Sequence[Path]) -> float:
     def work(threads: int, piece: int) -> None:
         for file in files:
             with open(file, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY) as block:
-                pages = torch.frombuffer(block, dtype=torch.uint8)[:: mmap.PAGESIZE]
-                pages.sum()
-                del pages
+                touch_pages([torch.frombuffer(block, dtype=torch.uint8)])
 
     return least(work, lambda: None)
 
 
+def touch_pages(tensors: Iterable[torch.Tensor]) -> None:
+    """Read a byte of every page, by this thread alone: torch would use more for a long tensor than for short ones."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for tensor in tensors:
+        tensor.detach().view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
+    torch.set_num_threads(before)
+
+
 def read(files: Sequence[Path], *, cold: bool = False) -> float:
-    """Seconds to read the files into fresh memory; ``cold``: from the disk."""
+    """Seconds to read the files into fresh memory; ``cold``: from the disk, through the page cache or past it."""
     sizes = [file.stat().st_size for file in files]
 
-    def work(threads: int, piece: int) -> None:
-        descriptors = [os.open(file, os.O_RDONLY) for file in files]
-        blocks = [fresh(size) for size in sizes]
+    def work(threads: int, piece: int, flags: int = 0) -> None:
+        descriptors = [os.open(file, os.O_RDONLY | flags) for file in files]
+        blocks = [fresh(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE) for size in sizes]
         views = [memoryview(block) for block in blocks]
 
         def do(job: tuple[int, int, int]) -> None:
             number, begin, end = job
-            while begin < end:
+            while begin < min(end, sizes[number]):
                 begin += os.preadv(descriptors[number], [views[number][begin:end]], begin)
 
         def jobs() -> Iterator[tuple[int, int, int]]:
             for number, size in enumerate(sizes):
-                if cold:
+                if cold and not flags:
                     os.posix_fadvise(descriptors[number], 0, 0, os.POSIX_FADV_WILLNEED)
                 for begin in range(0, size, piece):
-                    yield number, begin, min(begin + piece, size)
+                    yield number, begin, min(begin + piece, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
 
         share(jobs(), do, threads)
         for view, block, descriptor in zip(views, blocks, descriptors, strict=True):
@@ -129,9 +140,12 @@ def read(files: Sequence[Path], *, cold: bool = False) -> float:
             block.close()
             os.close(descriptor)
 
-    if cold:
-        return least(work, lambda: drop_cache(files), tries=2)
-    return least(work, lambda: None)
+    if not cold:
+        return least(work, lambda: None)
+    through = least(work, lambda: drop_cache(files), tries=2)
+    with suppress(OSError, AttributeError):  # not every file system reads past the page cache, nor every system
+        return min(through, least(lambda *way: work(*way, os.O_DIRECT), lambda: drop_cache(files), tries=2))
+    return through
 
 
 def cast(files: Sequence[Path], source: torch.dtype, target: torch.dtype) -> float:
@@ -156,6 +170,33 @@ def cast(files: Sequence[Path], source: torch.dtype, target: torch.dtype) -> flo
 
         jobs = ((number, begin) for number, pair in enumerate(pairs) for begin in range(0, pair[0].numel(), step))
         share(jobs, do, threads)
+
+    return least(work, lambda: None)
+
+
+def read_cast(files: Sequence[Path], source: torch.dtype, target: torch.dtype) -> float:
+    """Seconds to read all the numbers of the files, piece by piece, and cast them into fresh memory."""
+
+    def work(threads: int, piece: int) -> None:
+        descriptors = [os.open(file, os.O_RDONLY) for file in files]
+        counts = [file.stat().st_size // source.itemsize for file in files]
+        blocks = [fresh(count * target.itemsize) for count in counts]
+        rooms = [torch.frombuffer(block, dtype=target, count=n) for block, n in zip(blocks, counts, strict=True)]
+        step, own = piece // max(source.itemsize, target.itemsize), threading.local()
+
+        def do(job: tuple[int, int]) -> None:
+            number, begin = job
+            if not hasattr(own, "buffer"):
+                own.buffer = torch.empty(step, dtype=source)
+                own.view = memoryview(own.buffer.view(torch.uint8).numpy())
+            room = rooms[number][begin : begin + step]
+            _populate(blocks[number], POPULATE_WRITE, begin * target.itemsize, room.nbytes)
+            os.preadv(descriptors[number], [own.view[: room.numel() * source.itemsize]], begin * source.itemsize)
+            room.copy_(own.buffer[: room.numel()])
+
+        share(((number, begin) for number, n in enumerate(counts) for begin in range(0, n, step)), do, threads)
+        for descriptor in descriptors:
+            os.close(descriptor)
 
     return least(work, lambda: None)
 

@@ -24,10 +24,10 @@ from .loading_peers import PEERS, NoWay, least, loader
 
 WARM = ["mapped", "mapped, touched", "cast", "read", "read, cast"]
 ROWS: dict[str, dict[str, Any]] = {
-    "bf16, one file": {"work": "paths_bf16", "stored": "bfloat16", "dtype": "float32",
+    "bf16, one file": {"work": "wide_bf16", "stored": "bfloat16", "dtype": "float32",
                        "ways": [*WARM[:-1], "on the disk", "cold, read"]},
-    "fp32, one file": {"work": "paths_fp32", "stored": "float32", "dtype": "bfloat16", "ways": ["cast", "read, cast"]},
-    "bf16, many shards": {"work": "paths_shards", "stored": "bfloat16", "dtype": "float32",
+    "fp32, one file": {"work": "wide_fp32", "stored": "float32", "dtype": "bfloat16", "ways": ["cast", "read, cast"]},
+    "bf16, many shards": {"work": "wide_shards", "stored": "bfloat16", "dtype": "float32",
                           "ways": ["mapped, touched", "cast"]},
 }  # fmt: skip
 BOTH = ("transformers", "safetensors")  # on every row
@@ -58,13 +58,13 @@ def measure(side: str, work: dict[str, Any]) -> dict[str, Any]:
 
 def _measured(side: str, way: str, work: dict[str, Any], files: list[Path]) -> dict[str, Any]:
     if side == "limit":
-        limits.warm_memory(_result_bytes(way, work))
         limits.warm_cache(files)
+        limits.warm_memory(_result_bytes(way, work))  # after the cache, which would take it
         more = {f"{way}, MB on the device": "not counted"} if "GPU" in way else {}
         return {f"{way}, s": least(way, work), f"{way}, MB": "not counted", **more}
     load = loader(side, way, work)
-    limits.warm_memory(_result_bytes(way, work))
     (limits.drop_cache if "cold" in way else limits.warm_cache)(files)
+    limits.warm_memory(_result_bytes(way, work))
     device: Any = harness.DeviceMemory() if "GPU" in way else nullcontext()
     with harness.PrivateMemory() as memory, device:
         before = memory.now()
@@ -78,8 +78,7 @@ def _done(held: Any, way: str) -> Any:
     """What a way brought, once it is really there."""
     torch = importlib.import_module("torch")
     if "touched" in way:
-        for tensor in list(held.parameters()) if hasattr(held, "parameters") else list(held.values()):
-            tensor.detach().view(-1).view(torch.uint8)[:: limits.mmap.PAGESIZE].sum()
+        limits.touch_pages(list(held.parameters()) if hasattr(held, "parameters") else list(held.values()))
     if "GPU" in way:
         torch.cuda.synchronize()
     return held

@@ -102,5 +102,6 @@ def least(way: str, work: dict[str, Any]) -> float:
     if "read" in way and "cast" not in way:
         return limits.read(files)
     if "cast" in way:
-        return limits.cast(files, getattr(torch, work["stored"]), getattr(torch, work["dtype"]))
+        bare = limits.read_cast if "read" in way else limits.cast
+        return bare(files, getattr(torch, work["stored"]), getattr(torch, work["dtype"]))
     raise NoWay("nothing has to be moved")

@@ -28,6 +28,9 @@ LLAMA_8B = {
     **LLAMA_1B, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_key_value_heads": 8,
     "vocab_size": 128256, "max_position_embeddings": 8192,
 }  # fmt: skip
+LLAMA_7B = {
+    **LLAMA_1B, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_key_value_heads": 32,
+}  # fmt: skip
 LLAMA_SMALL = {
     **LLAMA_1B, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8,
 }  # fmt: skip
@@ -40,7 +43,7 @@ GPT2_SMALL = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype
 
 def path_of(work: str) -> Path:
     """The directory of ``llama1b``, ``llama8b``, ``llama_small``, ``llama_tiny``, ``gpt2s``, ``smollm2``,
-    ``llama70b`` (headers and holes) or ``paths_...`` (a block of numbers over and over), made if need be. RuntimeError
+    ``llama70b`` (headers and holes) or ``wide_...`` (few layers as wide as a 7B's), made if need be. RuntimeError
     if what ``smollm2`` is made from is missing."""
     directory = CACHE / work
     if (directory / "config.json").exists():
@@ -71,9 +74,9 @@ _RANDOM: dict[str, tuple[dict[str, Any], str]] = {  # configuration and size of 
 
 
 _REPEATED: dict[str, tuple[str, int, int]] = {  # dtype, layers, shards
-    "paths_bf16": ("bfloat16", 9, 1),
-    "paths_fp32": ("float32", 4, 1),
-    "paths_shards": ("bfloat16", 9, 80),
+    "wide_bf16": ("bfloat16", 2, 1),
+    "wide_fp32": ("float32", 1, 1),
+    "wide_shards": ("bfloat16", 4, 40),
 }
 
 
@@ -104,12 +107,12 @@ def _llama_70b(directory: Path) -> None:
 
 
 def _repeated(directory: Path, dtype: str, layers: int, shards: int) -> None:
-    """TinyLlama's shape, written at the speed of the disk: one block of random numbers is all of its weights."""
+    """Layers of Llama-2-7B's shape, written at the speed of the disk: all weights are one block of random numbers."""
     import torch
 
     torch.manual_seed(0)
     block = torch.randn(4 << 20).mul_(0.02).to(getattr(torch, dtype)).view(torch.uint8)
-    values = {**LLAMA_1B, "dtype": dtype, "num_hidden_layers": layers}
+    values = {**LLAMA_7B, "dtype": dtype, "num_hidden_layers": layers}
     _shards(directory, values, shards, block.numpy().tobytes())
 
 

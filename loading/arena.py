@@ -32,30 +32,34 @@ POPULATE_READ, POPULATE_WRITE = 22, 23  # Linux 5.14; unknown to Python's mmap
 FAULT = (errno.EFAULT, 133)  # what POPULATE_READ says of pages whose touch would be a SIGBUS; 133 is EHWPOISON
 
 
-def allocate(wanted: Sequence[tuple[torch.Size | tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:
+def allocate(
+    wanted: Sequence[tuple[torch.Size | tuple[int, ...], torch.dtype]], starts: Sequence[int] | None = None
+) -> list[torch.Tensor]:
     """Uninitialised (zero, not yet backed by memory) contiguous CPU tensors of the given shapes and dtypes.
 
-    Tensors of 2 MiB and more start at a 2 MiB boundary in a mapping of their own; smaller ones share one. Each has a
-    storage of exactly its own bytes. Raises MemoryLimitError if there is not enough memory.
+    Tensors of 2 MiB and more start at a 2 MiB boundary in a mapping of their own, or as many bytes behind it as
+    ``starts`` says, less than a page; smaller ones share one mapping. Each has a storage of exactly its own bytes.
+    Raises MemoryLimitError if there is not enough memory.
     """
     sizes = [_nbytes(shape, dtype) for shape, dtype in wanted]
     check_memory(sum(sizes), "casting or copying the bytes of weights")
     small = sum(_rounded(size) for size in sizes if size < HUGE)
     pool, position = _map(small) if small else None, 0
     tensors = []
-    for (shape, dtype), size in zip(wanted, sizes, strict=True):
+    for number, ((shape, dtype), size) in enumerate(zip(wanted, sizes, strict=True)):
         if size == 0:
             tensors.append(torch.empty(tuple(shape), dtype=dtype, device="cpu"))
         elif size < HUGE:
             tensors.append(_tensor(pool, position, shape, dtype, size))
             position += _rounded(size)
         else:
-            mapping = _map(size + HUGE)
+            shift = starts[number] if starts is not None else 0
+            mapping = _map(size + shift + HUGE)
             start = -_address(mapping) % HUGE
             if _HUGEPAGE is not None:
                 with suppress(OSError):  # a kernel without huge pages: small ones will do
-                    mapping.madvise(_HUGEPAGE, start, size // HUGE * HUGE)
-            tensors.append(_tensor(mapping, start, shape, dtype, size))
+                    mapping.madvise(_HUGEPAGE, start, (size + shift) // HUGE * HUGE)
+            tensors.append(_tensor(mapping, start + shift, shape, dtype, size))
     return tensors
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import IntegrityError, ReadError
-from .arena import DONTNEED, FAULT, POPULATE_READ, advise
+from .arena import DONTNEED, FAULT, PAGE, POPULATE_READ, advise
 from .checkpoint import Checkpoint
 from .disk import map_file
 from .header import TensorEntry
@@ -25,13 +25,13 @@ class Files:
     """The bytes of a checkpoint's tensors, and what the system is told about them.
 
     ``mapped``: views and casts come from private mappings, made when first needed. Without it no file is mapped, and
-    every tensor is read into memory of its own. `close` lets go of what was opened to be read; mappings live as long
-    as their tensors.
+    every tensor is read into memory of its own; ``direct``: past the page cache where that is not faster. `close` lets
+    go of what was opened to be read; mappings live as long as their tensors.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, mapped: bool = True) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, mapped: bool = True, direct: bool = False) -> None:
         self.mapped = mapped
-        self.reader = Reader(checkpoint)
+        self.reader = Reader(checkpoint, direct=direct)
         self._checkpoint = checkpoint
         self._stamps = checkpoint.stamps
         self._storages: dict[Path, torch.UntypedStorage] = {}
@@ -98,6 +98,27 @@ class Files:
         self.reader.into(target, entry.file, entry.offset + begin * entry.dtype.itemsize)
         return target
 
+    @property
+    def direct(self) -> bool:
+        """Whether bytes may be read past the page cache."""
+        return self.reader.direct
+
+    def into_page(self, entry: TensorEntry) -> int:
+        """How far into a page of its file a tensor begins, if that counts: what is read past the page cache must lie
+        in memory as it does in the file."""
+        counts = self.direct and entry.values is None and entry.offset % entry.dtype.itemsize == 0
+        return entry.offset % PAGE if counts else 0
+
+    def waits_for_disk(self, moves: Sequence[Move]) -> bool:
+        """Whether the largest of the tensors would be read past the page cache: others beside it will be too.
+
+        Not of files that are still being downloaded, for which nobody should wait yet.
+        """
+        if not self.direct or not moves or self._checkpoint.arrivals is not None:
+            return False
+        entry = max((move.entry for move in moves), key=lambda entry: entry.nbytes)
+        return self.reader.past_cache(entry.file, entry.offset, entry.nbytes)
+
     def bring(self, entry: TensorEntry, begin: int, end: int) -> torch.Tensor:
         """`flat`, with the bytes in memory, so that touching them neither waits nor fails."""
         found = self.flat(entry, begin, end)
@@ -112,6 +133,8 @@ class Files:
 
     def ahead(self, entry: TensorEntry, begin: int = 0) -> None:
         """Ask the disk for what follows element ``begin`` of a tensor, in this file."""
+        if self.direct:  # it need not come there
+            return
         start = entry.offset + begin * entry.dtype.itemsize
         self.reader.ahead(entry.file, start, min(start + AHEAD, self._stamps[entry.file].size))
 

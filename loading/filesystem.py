@@ -29,11 +29,12 @@ def far_file_system(files: Iterable[Path]) -> str | None:
     mounts = _mounts() if files else ()
     if not mounts:
         return None
-    seen: dict[Path, str | None] = {}
+    seen: dict[str, str | None] = {}
     for file in files:
-        if file.parent not in seen or file.is_symlink():
-            seen[file.parent] = _type_at(os.path.realpath(file), mounts)
-        kind = seen[file.parent]
+        folder = os.path.dirname(file)
+        if folder not in seen or os.path.islink(file):
+            seen[folder] = _type_at(os.path.realpath(file), mounts)
+        kind = seen[folder]
         if kind is not None and (kind in _FAR or kind.startswith("fuse.")):
             return kind
     return None

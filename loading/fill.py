@@ -12,15 +12,17 @@ from typing import NamedTuple
 
 import torch
 
-from .arena import HUGE, Populator
+from .arena import HUGE, PAGE, Populator
 from .files import Files
 from .header import TensorEntry
 from .plan import Move
 from .workers import Watch, cores, run_all, threads_for
 
-PIECE = 4 * HUGE  # bytes that a thread fills at a time, in the file or at the destination, whichever is more
-BUFFER = 1 << 20  # bytes read before they are cast, where files are not mapped: they should fit a processor's cache
-WAITERS = 8  # threads where reading is mostly waiting
+# Bytes that a thread fills at a time, in the file or at the destination, whichever is more: what was made zero, or
+# read to be cast, should still be in a processor's cache.
+PIECE = 2 * HUGE
+WAITERS = 8  # threads where reading is mostly waiting: for a network
+READERS = 4  # for a disk
 
 
 class Piece(NamedTuple):
@@ -39,12 +41,13 @@ def fill(
     waiting: the files lie far away, so that more threads help than there are processors.
     """
     work = sum(room[move.target].nbytes for move in moves)
-    shares = -(-work // (2 * PIECE))
+    shares = -(-work // (4 * PIECE))
+    waiters = WAITERS if waiting else READERS if files.waits_for_disk(moves) else 0
     filler = Filler(files)
     run_all(
         pieces(files.in_order(moves), room, files),
         filler,
-        threads=min(max(WAITERS, cores()), shares) if waiting else threads_for(shares),
+        threads=min(max(waiters, cores()), shares) if waiters else threads_for(shares),
         watch=watch,
         abandon=files.abandon,
     )
@@ -55,9 +58,11 @@ def pieces(moves: Iterator[Move], room: Mapping[str, torch.Tensor], files: Files
     for move in moves:
         flat = room[move.target].view(-1)
         step = max(1, PIECE // max(move.entry.dtype.itemsize, move.dtype.itemsize))
-        for begin in range(0, flat.numel(), step):
+        begin, end = 0, step - files.into_page(move.entry) // move.entry.dtype.itemsize % step
+        while begin < flat.numel():
             files.ahead(move.entry, begin)
-            yield Piece(flat[begin : begin + step], move.entry, begin)
+            yield Piece(flat[begin:end], move.entry, begin)
+            begin, end = end, end + step
 
 
 class Filler:
@@ -86,8 +91,8 @@ class Filler:
     def _through_buffer(self, target: torch.Tensor, entry: TensorEntry, begin: int) -> None:
         buffer = getattr(self._own, "buffer", None)
         if buffer is None:
-            buffer = self._own.buffer = torch.empty(BUFFER, dtype=torch.uint8, device="cpu")
-        source = buffer.view(entry.dtype)
-        for part in target.split(source.numel()):
-            part.copy_(self._files.read(entry, begin, source[: part.numel()]))
-            begin += part.numel()
+            buffer = self._own.buffer = torch.empty(PIECE + PAGE, dtype=torch.uint8, device="cpu")
+        size = entry.dtype.itemsize
+        place = (entry.offset + begin * size - buffer.data_ptr()) % PAGE // size * size  # as in the file, if it can be
+        source = buffer[place : place + target.numel() * size].view(entry.dtype)
+        target.copy_(self._files.read(entry, begin, source))

@@ -92,10 +92,13 @@ class LocalSource(Source):
 
     def find(self, filename: str) -> Path | None:
         path = self.directory / check_filename(filename)
-        if not os.path.lexists(path):
+        try:
+            mode = os.lstat(path).st_mode
+        except (OSError, ValueError):
             return None
-        self._check_contained(path, filename)
-        mode = os.stat(path).st_mode
+        if "/" in filename or not stat.S_ISREG(mode):  # else it lies in the directory and nowhere else
+            self._check_contained(path, filename)
+            mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
             kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
             raise PathError(f"{filename!r} in {self.describe()} is {kind}; a checkpoint holds regular files only")

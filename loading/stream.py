@@ -27,6 +27,11 @@ class Way(NamedTuple):
     reason: str | None = None
     far: bool = False
 
+    @property
+    def direct(self) -> bool:
+        """Whether what the page cache does not have is read past it: a second copy there would be of no use."""
+        return not self.mapped and not self.far
+
 
 MAPPED = Way()
 
@@ -75,7 +80,7 @@ def stream(plan: Plan, checkpoint: Checkpoint, watch: Watch | None = None, way: 
     the file; if ``way`` is not to map, it is read into memory of its own. Raises IntegrityError if a file changed since
     its header was read, ReadError if the system cannot read it; no thread and no open file is left.
     """
-    with Files(checkpoint, mapped=way.mapped) as files:
+    with Files(checkpoint, mapped=way.mapped, direct=way.direct) as files:
         tied = confirm_ties(plan, files)
         moves = [move for move in plan.moves if move.target not in tied and move.entry.values is None]
         groups = _grouped(moves, way)
@@ -145,7 +150,8 @@ def _grouped(moves: Sequence[Move], way: Way) -> _Groups:
 def _fresh(moves: Sequence[Move], files: Files, watch: Watch | None, way: Way) -> dict[str, torch.Tensor]:
     if not moves:
         return {}
-    fresh = allocate([(move.entry.shape, move.dtype) for move in moves])
+    starts = [files.into_page(move.entry) if move.dtype == move.entry.dtype else 0 for move in moves]
+    fresh = allocate([(move.entry.shape, move.dtype) for move in moves], starts)
     room = {move.target: tensor for move, tensor in zip(moves, fresh, strict=True)}
     fill(moves, room, files, watch, waiting=way.far)
     return room

@@ -531,12 +531,14 @@ def test_limits_move_all_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(limits, "least", lambda work, prepare, tries=1: (prepare(), work(2, 4096), 0.5)[2])
     monkeypatch.setattr(limits, "fresh", lambda size: held.append(Kept(-1, size)) or held[-1])
     assert limits.read(files) == limits.read(files, cold=True) == 0.5
-    for number in range(4):
-        assert held[number][: 4 * numbers[number % 2].numel()] == files[number % 2].read_bytes()
-    assert limits.cast(files, torch.float32, torch.bfloat16) == 0.5
-    for number in range(2):
-        made = torch.frombuffer(held[4 + number], dtype=torch.bfloat16, count=numbers[number].numel())
-        assert torch.equal(made, numbers[number].bfloat16())
+    assert len(held) in (4, 6)  # warm, cold, and past the page cache where the file system can
+    for number, block in enumerate(held):
+        assert block[: 4 * numbers[number % 2].numel()] == files[number % 2].read_bytes()
+    for way in (limits.cast, limits.read_cast):
+        held.clear()
+        assert way(files, torch.float32, torch.bfloat16) == 0.5
+        for block, values in zip(held, numbers, strict=True):
+            assert torch.equal(torch.frombuffer(block, dtype=torch.bfloat16, count=values.numel()), values.bfloat16())
     assert limits.touch(files) == 0.5
 
 
