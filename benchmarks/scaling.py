@@ -3,157 +3,196 @@
     python -m benchmarks.scaling                 # the paper model: bytes between GPUs in a step, and their time
     python -m benchmarks.scaling --measure       # loading and steps of a small Llama on 1, 2 and 4 CPU processes
 
-Nothing of the paper model is measured. Its assumptions are the arguments below, with their sources in docs/scaling.md.
+Nothing of the paper model (`paper.py`) is measured. What is goes to ``benchmarks/results/scaling_cpu.json``, and from
+there to docs/scaling.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
+import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import harness, paper
 
-@dataclass(frozen=True)
-class Model:
-    """Sizes of a Llama, of which ``parameters`` multiply."""
-
-    name: str
-    parameters: float
-    layers: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A cluster: operations a second that a GPU reaches in training, bytes a second it sends in a node and beyond."""
-
-    flops: float = 989e12 * 0.5
-    within: float = 360e9
-    beyond: float = 45e9
-    node: int = 8
+SHAPE = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8,
+         "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}  # fmt: skip
+BATCH, LENGTH, STEPS, LOADS = 4, 128, 8, 4
+STRATEGIES = ("fsdp", "tp", "pp")
+DOCUMENT = harness.ROOT / "docs" / "scaling.md"
+BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 
 
-MODELS = (Model("7B", 6.6e9, 32, 4096), Model("70B", 68.5e9, 80, 8192))
-MEASURED = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8,
-            "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}  # fmt: skip
-
-
-def fsdp_bytes(parameters: float, ranks: int, itemsize: int = 2, reduced: int = 4) -> float:
-    """Bytes that a rank sends in a step: weights gathered forward and backward, gradients reduced, each by a ring."""
-    return parameters * (2 * itemsize + reduced) * (ranks - 1) / ranks
-
-
-def tensor_bytes(model: Model, tokens: int, ranks: int, itemsize: int = 2) -> float:
-    """Bytes that a rank sends in a step: two sums of activations a layer, forward and backward, one for the embedding
-    and one for the head; a ring sends each twice."""
-    sums = 4 * model.layers + 2
-    return sums * tokens * model.width * itemsize * 2 * (ranks - 1) / ranks
-
-
-def step(model: Model, machine: Machine, ranks: int, tp: int, tokens: int) -> dict[str, float]:
-    """Seconds of one step, ``tokens`` for each group of ``tp`` ranks: computing, and sending for either strategy.
-
-    FSDP sends within a node as far as its ranks go, else at the speed between nodes; its traffic can hide behind
-    computing, that of tensor parallelism cannot.
-    """
-    sharers = ranks // tp
-    compute = 6 * model.parameters * tokens / tp / machine.flops
-    apart = ranks > machine.node
-    fsdp = fsdp_bytes(model.parameters / tp, sharers) / (machine.beyond if apart else machine.within)
-    tensor = tensor_bytes(model, tokens, tp) / machine.within if tp > 1 else 0.0
-    return {"compute": compute, "fsdp": fsdp, "tp": tensor, "step": max(compute, fsdp) + tensor}
-
-
-def paper(tokens: int) -> str:
-    """The model as a table: what share of a step computes, if FSDP's traffic hides as far as it can."""
-    lines = ["| model | GPUs | tp | bytes sent, FSDP | bytes sent, tp | computing | FSDP | tp | computing of a step |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
-    for model in MODELS:
-        for ranks in (8, 64, 256, 1024):
-            for tp in (1, 8):
-                found = step(model, Machine(), ranks, tp, tokens)
-                sent = fsdp_bytes(model.parameters / tp, ranks // tp), tensor_bytes(model, tokens, tp)
-                cells = [model.name, ranks, tp, *(f"{size / 1e9:.1f} GB" for size in sent)]
-                cells += [f"{found[name] * 1e3:.0f} ms" for name in ("compute", "fsdp", "tp")]
-                cells.append(f"{found['compute'] / found['step']:.0%}")
-                lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
-
-
-def worker(rank: int, count: int, place: str, strategy: str, told: str) -> None:
-    """Load and train on one of ``count`` processes; what it took goes to a file."""
+def measure(side: str, work: dict[str, Any]) -> dict[str, float]:
+    """Load and train as one rank of several; what it took. side: the number of the rank."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
     from loadstone import AutoModelForCausalLM
 
+    rank, count, strategy, place = int(side), work["processes"], work["strategy"], work["place"]
     torch.set_num_threads(1)
     store = dist.FileStore(f"{place}/store-{strategy}-{count}", count)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
     mesh = init_device_mesh("cpu", (count,), mesh_dim_names=(strategy,))
     loads = []
-    for _ in range(3):
-        started = time.perf_counter()
-        model = AutoModelForCausalLM.from_pretrained(place, device_mesh=mesh)
-        loads.append(time.perf_counter() - started)
-    model.train()
+    for _ in range(LOADS):
+        dist.barrier()
+        took, model = harness.timed(lambda: AutoModelForCausalLM.from_pretrained(place, device_mesh=mesh))
+        loads.append(took)
+    step = _step(model.train(), strategy, rank, count)
+    seconds = []
+    for _ in range(STEPS):
+        dist.barrier()
+        seconds.append(harness.timed(step)[0])
+    parts = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in model.parameters()]
+    dist.barrier()
+    dist.destroy_process_group()
+    return {
+        "load, s": statistics.median(loads[1:]),
+        "step, s": statistics.median(seconds[2:]),
+        "read, MB": model.load_report.bytes_total / 1e6,
+        "held, MB": sum(part.nbytes for part in parts) / 1e6,
+    }
+
+
+def _step(model: Any, strategy: str, rank: int, count: int) -> Any:
+    """One step of training on the same batch of texts, however it is spread."""
+    import torch
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(0)
-    batch = torch.randint(MEASURED["vocab_size"], (4, 128), generator=generator)
-    mine = batch.chunk(count)[rank] if strategy == "fsdp" else batch
-    seconds = []
-    for _ in range(6):
-        started = time.perf_counter()
-        model(mine, labels=mine, use_cache=False).loss.backward()
+    batch = torch.randint(SHAPE["vocab_size"], (BATCH, LENGTH), generator=generator)
+    if strategy == "pp":
+        from torch.distributed.pipelining import Schedule1F1B
+
+        stage = model.pipeline_stage()
+        schedule = Schedule1F1B(stage, n_microbatches=BATCH, loss_fn=stage.loss)
+
+    def step() -> None:
+        if strategy == "pp":
+            schedule.step(*((batch,) if stage.is_first else ()), **({"target": batch} if stage.is_last else {}))
+        else:
+            mine = batch.chunk(count)[rank] if strategy == "fsdp" else batch
+            model(mine, labels=mine, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - started)
-    found = {
-        "load_s": min(loads),
-        "step_s": statistics.median(seconds[1:]),
-        "read_mb": model.load_report.bytes_total / 1e6,
-        "held_mb": sum(p.to_local().nbytes for p in model.parameters()) / 1e6,
-    }
-    if rank == 0:
-        Path(told).write_text(json.dumps(found))
-    dist.barrier()
+
+    return step
 
 
-def measured(counts: Sequence[int]) -> str:
-    """Loading and steps of rank 0, as a table."""
-    import torch.multiprocessing as mp
+def measured(strategies: Sequence[str], counts: Sequence[int]) -> list[dict[str, Any]]:
+    """A row for each strategy and number of processes: of each figure that of the rank which has the most."""
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        made = subprocess.run(
+            [sys.executable, "-m", "benchmarks.scaling", "--make", place], cwd=harness.ROOT, check=False
+        )
+        if made.returncode:
+            sys.exit("the model to be loaded could not be made")
+        for strategy in strategies:
+            for count in counts:
+                work = {"strategy": strategy, "processes": count, "place": place}
+                ranks = _ranks(work)
+                figures = {name: {"loadstone": max(rank[name] for rank in ranks)} for name in ranks[0]}
+                row = {"row": f"{strategy}, {count}", "peer": None, "strategy": strategy, "processes": count, **figures}
+                print(json.dumps(row), flush=True)
+                rows.append(row)
+    return rows
 
+
+def _ranks(work: dict[str, Any]) -> list[dict[str, float]]:
+    command = [sys.executable, "-m", "benchmarks.scaling", "--child"]
+    started = [
+        subprocess.Popen([*command, str(rank), json.dumps(work)], cwd=harness.ROOT, stdout=subprocess.PIPE, text=True)
+        for rank in range(work["processes"])
+    ]
+    told = [process.communicate(timeout=300)[0] for process in started]
+    if any(process.returncode for process in started):
+        sys.exit(f"a rank failed in {work}")
+    return [json.loads(out.splitlines()[-1]) for out in told]
+
+
+def make(place: str) -> None:
+    """Write the checkpoint that is loaded."""
+    harness.importable()
     from loadstone import AutoModelForCausalLM, LlamaConfig
 
-    lines = ["| strategy | processes | load | step | read by a rank | held by a rank |", "|---|---|---|---|---|---|"]
-    with tempfile.TemporaryDirectory() as place:
-        AutoModelForCausalLM.from_config(LlamaConfig(**MEASURED)).save_pretrained(place)  # type: ignore[arg-type]
-        for strategy in ("fsdp", "tp"):
-            for count in counts:
-                told = os.path.join(place, f"{strategy}-{count}.json")
-                mp.spawn(worker, (count, place, strategy, told), nprocs=count)
-                row: dict[str, Any] = json.loads(Path(told).read_text())
-                times = f"{row['load_s'] * 1e3:.0f} ms | {row['step_s'] * 1e3:.0f} ms"
-                lines.append(f"| {strategy} | {count} | {times} | {row['read_mb']:.1f} MB | {row['held_mb']:.1f} MB |")
+    AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).save_pretrained(place)  # type: ignore[arg-type]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The measured figures in Markdown."""
+    lines = ["| spread by | processes | load | step | read by a rank | held by a rank |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        load, step, read, held = (row[name]["loadstone"] for name in ("load, s", "step, s", "read, MB", "held, MB"))
+        cells = (row["strategy"], row["processes"], f"{load * 1e3:.0f} ms", f"{step * 1e3:.0f} ms", f"{read:.1f} MB",
+                 f"{held:.1f} MB")  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step for each group of tp GPUs")
+def chart(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Seconds of loading and of a step, and megabytes of a rank, by the number of processes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.4))
+    for axes, name in zip(panels, ("load, s", "step, s", "read, MB"), strict=True):
+        for strategy in dict.fromkeys(row["strategy"] for row in rows):
+            mine = [row for row in rows if row["strategy"] == strategy]
+            counts = [row["processes"] for row in mine]
+            axes.plot(counts, [row[name]["loadstone"] for row in mine], marker="o", label=strategy)
+        axes.set_xticks(counts)
+        axes.set_xlabel("processes on two cores")
+        axes.set_title(f"{name}, of the rank with the most", fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def updated(text: str, rows: Sequence[dict[str, Any]]) -> str:
+    """The document with its measured table renewed."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table(rows)}\n{END}{after}"
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the paper model, or measure and write results and document."""
+    if arguments.make:
+        make(arguments.make)
+        return
+    if not arguments.measure:
+        print(paper.table(arguments.tokens))
+        return
+    strategies = [strategy for strategy in STRATEGIES if arguments.only in strategy]
+    rows = measured(strategies, arguments.processes)
+    path = harness.write("scaling_cpu", rows, merge=bool(arguments.only), chart=chart)
+    rows = json.loads(path.read_text())["rows"]
+    print(table(rows))
+    if harness.RESULTS == harness.ROOT / "benchmarks" / "results":
+        DOCUMENT.write_text(updated(DOCUMENT.read_text(encoding="utf-8"), rows), encoding="utf-8")
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """More of the command line."""
+    parser.add_argument("--tokens", type=int, default=paper.TOKENS, help="tokens of a step for each GPU, on paper")
+    parser.add_argument("--make", help=argparse.SUPPRESS)
     parser.add_argument("--measure", action="store_true", help="measure here instead")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    args = parser.parse_args(argv)
-    print(measured(args.processes) if args.measure else paper(args.tokens))
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(__spec__.name, __doc__ or "", measure, run, peer=None, options=options)

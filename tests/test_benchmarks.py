@@ -654,15 +654,56 @@ def test_a_line_of_the_table_has_both_sides_and_the_spread() -> None:
 
 
 def test_bytes_of_the_paper_model_are_those_of_its_collectives() -> None:
-    scaling = module("scaling")
+    paper = module("paper")
+    model = paper.Model("tiny", 1000.0, 2, 8)
+    assert paper.fsdp_bytes(1000, 1) == 0
+    assert paper.fsdp_bytes(1000, 4) == 1000 * 8 * 3 / 4
+    assert paper.replica_bytes(1000, 4) == 2 * 4000 * 3 / 4
+    assert paper.tensor_bytes(model, 5, 2) == 10 * 5 * 8 * 2  # ten sums, of which each rank sends the whole once
+    assert paper.stage_bytes(model, 5) == 5 * 8 * 2 * 2
+    machine = paper.Machine(flops=1e3, within=1e3, beyond=1e2, hop_within=1.0, hop_beyond=10.0)
+    assert paper.ring_seconds(machine, 8, 8) == 7
+    assert paper.ring_seconds(machine, 16, 8) == 14 + 10
+    assert paper.ring_seconds(machine, 4, 1) == 3 * 10
+    assert paper.ring_speed(machine, 8, 8) == 1e3
+    assert paper.ring_speed(machine, 16, 8) == 800  # eight ports
+    assert paper.ring_speed(machine, 2, 1) == 100
 
-    model = scaling.Model("tiny", 1000.0, 2, 8)
-    assert scaling.fsdp_bytes(1000, 1) == 0
-    assert scaling.fsdp_bytes(1000, 4) == 1000 * 8 * 3 / 4
-    assert scaling.tensor_bytes(model, 5, 2) == 10 * 5 * 8 * 2  # ten sums, of which each rank sends the whole once
-    found = scaling.step(model, scaling.Machine(flops=1e3, within=1e3, beyond=1e2), 16, 2, 5)
+
+def test_a_step_of_the_paper_model_adds_up() -> None:
+    paper = module("paper")
+    model = paper.Model("tiny", 1000.0, 2, 8)
+    machine = paper.Machine(flops=1e3, within=1e3, beyond=1e2, hop_within=0.0, hop_beyond=0.0)
+    alone = paper.step(model, machine, 1, paper.Way("fsdp"), 5)
+    assert alone["step"] == alone["compute"] == 6 * 1000 * 5 / 1e3
+    found = paper.step(model, machine, 16, paper.Way("both", tp=2), 5)
+    assert found["fsdp"] == paper.fsdp_bytes(500, 8) / 400  # four of its ranks a node
+    assert found["tp"] == paper.tensor_bytes(model, 10, 2) / 1e3
     assert found["step"] == max(found["compute"], found["fsdp"]) + found["tp"]
-    assert found["fsdp"] == scaling.fsdp_bytes(500, 8) / 1e2
-    lines = scaling.paper(16384).splitlines()
-    document = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
-    assert sum(line in document for line in lines[2:]) == 7
+    hybrid = paper.step(model, machine, 16, paper.Way("hybrid", hybrid=True), 5)
+    assert hybrid["fsdp"] == paper.fsdp_bytes(1000, 8) / 1e3 + paper.replica_bytes(125, 2) / 1e2
+    staged = paper.step(model, machine, 16, paper.Way("staged", pp=2), 5, text=1)
+    assert staged["states"] == 16 * 500 / 8
+    assert staged["fsdp"] == paper.fsdp_bytes(500, 8, gathers=1) / 1e3
+    assert staged["empty"] == staged["compute"] / 10
+    both = paper.step(model, machine, 16, paper.Way("both", tp=2, pp=2), 5, text=1)
+    assert both["tp"] == pytest.approx(found["tp"])  # half of the layers, twice the texts
+
+
+def test_the_document_of_scaling_shows_the_model_and_what_was_measured() -> None:
+    document = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    scaling = module("scaling")
+    assert module("paper").table() in document
+    rows = json.loads((ROOT / "benchmarks" / "results" / "scaling_cpu.json").read_text())["rows"]
+    assert {(row["strategy"], row["processes"]) for row in rows} == {
+        (strategy, count) for strategy in ("fsdp", "tp", "pp") for count in (1, 2, 4)
+    }
+    assert scaling.updated(document, rows) == document
+
+
+def test_scaling_measures_a_strategy(tmp_path: Path) -> None:
+    run("scaling", tmp_path, "--measure", "--processes", "2", "--only", "pp", without=("matplotlib",))
+    [row] = json.loads((tmp_path / "scaling_cpu.json").read_text())["rows"]
+    assert row["row"] == "pp, 2"
+    assert 14.6 < row["read, MB"]["loadstone"] == row["held, MB"]["loadstone"] < 15
+    assert row["step, s"]["loadstone"] > 0
