@@ -1,4 +1,4 @@
-"""What a model amounts to: parameters, bytes, tokens of a batch, operations of a step."""
+"""What a model amounts to: parameters, bytes, tokens of a batch, operations of a step; methods of `CausalLM`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .causal_lm import CausalLM
 
 
-def num_parameters(model: CausalLM, only_trainable: bool, exclude_embeddings: bool) -> int:
-    """See `CausalLM.num_parameters`."""
+def num_parameters(model: CausalLM, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """Number of parameters, tied ones counted once; codes count as the numbers they stand for."""
     excluded, codes = packed_numbers(model) if model.is_quantized else (set(), 0)
     if exclude_embeddings:
         excluded |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -23,15 +23,20 @@ def num_parameters(model: CausalLM, only_trainable: bool, exclude_embeddings: bo
     )
 
 
-def memory_footprint(model: CausalLM, return_buffers: bool) -> int:
-    """See `CausalLM.get_memory_footprint`."""
+def get_memory_footprint(model: CausalLM, return_buffers: bool = True) -> int:
+    """Bytes of parameters and, unless told not to, buffers; tied ones counted once."""
     total = sum(p.nbytes for p in model.parameters())
     return total + sum(b.nbytes for b in model.buffers()) if return_buffers else total
 
 
-def tokens_of(model: CausalLM, inputs: Mapping[str, Any]) -> int:
-    """See `CausalLM.estimate_tokens`."""
-    if (ids := inputs.get(model.main_input_name)) is not None:
+def estimate_tokens(model: CausalLM, input_dict: Mapping[str, Any]) -> int:
+    """Tokens of a batch, padding counted: of ``input_ids``, else of ``inputs_embeds``, else 0."""
+    if (ids := input_dict.get(model.main_input_name)) is not None:
         return ids.numel()
-    embeds = inputs.get("inputs_embeds")
+    embeds = input_dict.get("inputs_embeds")
     return 0 if embeds is None else embeds[..., 0].numel()
+
+
+def floating_point_ops(model: CausalLM, input_dict: Mapping[str, Any], exclude_embeddings: bool = True) -> int:
+    """About how many operations training takes on a batch: 6 a parameter and token, attention's not counted."""
+    return 6 * model.estimate_tokens(input_dict) * model.num_parameters(exclude_embeddings=exclude_embeddings)

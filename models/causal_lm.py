@@ -1,36 +1,35 @@
 """The base of every causal language model: forward, loss, accessors, and the doors to loading, saving and generation.
 
 An architecture subclasses `CausalLM`, sets the class attributes below, builds a `Decoder` under ``base_model_prefix``
-and a head named ``lm_head``, and calls ``post_init()`` last. Everything else is inherited.
+and a head named ``lm_head``, and calls ``post_init()`` last. Everything else is inherited. Methods that are assigned
+below are functions of the files they come from, one subject each.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..errors import ArgumentError, AttentionError, ConfigError, GenerationError, nearest
+from ..errors import ArgumentError, AttentionError, ConfigError, nearest
 from ..kernels import AUTO, Kernels
 from ..loading.collector import collector_paused
 from ..loading.placement import ON_DISK, RUNS_ON
 from ..quant.packed import refuse_cast, refuse_training
-from . import accounting, pretrained, quantized
+from . import accounting, freezing, kernel_choice, parts, pretrained, quantized, training, vocabulary
 from .adapters.methods import AdapterMethods
 from .cache import one_spelling
 from .configuration import PreTrainedConfig
 from .custom_code import check_auto_class
-from .freezing import set_trainable
-from .head import fused_loss, why_not_fused
+from .head import fused_loss, skips_logits
+from .initial import initialize_module
 from .outputs import CausalLMOutputWithPast, keep_positions
 from .packing import PACKING
 from .parallel import across_ranks, check_all_spread
 from .peer_class import reduce_by_type, seen_class, set_class
-from .recompute import recomputation
 
 _Model = TypeVar("_Model", bound="CausalLM")
 _LOSS_KWARGS = ("num_items_in_batch", "shift_labels", "ignore_index")
@@ -114,23 +113,7 @@ class CausalLM(AdapterMethods, nn.Module):
             self.apply(self._init_weights)
         self.tie_weights()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialise one module's own parameters: normal with ``config.initializer_range``, norms 1, biases 0."""
-        std = getattr(self.config, "initializer_range", 0.02)
-        if isinstance(module, nn.Linear):
-            if module.weight.is_floating_point():  # else codes, which never come from here
-                nn.init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
-            if module.padding_idx is not None:
-                nn.init.zeros_(module.weight[module.padding_idx])
-        elif "Norm" in type(module).__name__:
-            if getattr(module, "weight", None) is not None:
-                nn.init.ones_(module.weight)  # type: ignore[arg-type]
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    _init_weights = initialize_module
 
     # Forward
 
@@ -181,7 +164,7 @@ class CausalLM(AdapterMethods, nn.Module):
             )
             raise ArgumentError(f"{type(self).__name__}.forward got an unknown argument {unknown[0]!r}{hint}")
         has_labels = labels is not None or loss_kwargs.get("shift_labels") is not None
-        fused = self._skips_logits(skip_logits, has_labels)
+        fused = skips_logits(self, skip_logits, has_labels)
         if self.layout is not None and self.training:
             check_all_spread(self)
         outputs = self.base_model(
@@ -215,14 +198,6 @@ class CausalLM(AdapterMethods, nn.Module):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()  # type: ignore[return-value]
 
-    def _skips_logits(self, asked: bool | None, has_labels: bool) -> bool:
-        if asked is None:
-            return self.training and has_labels and why_not_fused(self.lm_head) is None
-        reason = why_not_fused(self.lm_head) if has_labels else "without labels the logits are all there is to return"
-        if asked and reason is not None:
-            raise ArgumentError(f"skip_logits=True cannot be: {reason}; leave skip_logits out, or pass False")
-        return asked
-
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Continue prompts; see `loadstone.models.generation.generate` for all options.
 
@@ -230,12 +205,6 @@ class CausalLM(AdapterMethods, nn.Module):
         """
         from .generation import generate
 
-        replaced = vars(self).get("prepare_inputs_for_generation")
-        if replaced is not None and replaced.__func__ is not type(self).prepare_inputs_for_generation:
-            raise GenerationError(
-                "generate() builds its own inputs and would ignore prepare_inputs_for_generation, which "
-                f"{type(replaced.__self__).__name__} put in place of the model's (prompt tuning does); LoRA can"
-            )
         return generate(self, inputs, generation_config=generation_config, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
@@ -268,33 +237,9 @@ class CausalLM(AdapterMethods, nn.Module):
         """True: every causal language model can."""
         return True
 
-    def set_attn_implementation(self, name: str) -> None:
-        """Switch attention ("eager", "sdpa", "flash_attention_2", or a registered name) from the next forward on.
-
-        Raises AttentionError if the name is unknown or cannot run on this machine.
-        """
-        self.config._attn_implementation = kernels.check_attention(name)
-
-    def set_kernels(self, selection: Kernels | str | Mapping[str, str] = "auto", **choices: str) -> None:
-        """Choose the implementation of the operations, from the next forward on.
-
-        selection: "auto" (Triton on a GPU that runs it, torch elsewhere), "torch", "triton", a registered name, or
-            {operation: name}. choices: the same by keyword, as in ``set_kernels("auto", rms_norm="torch")``.
-        Attention is chosen by `set_attn_implementation`. Raises KernelError for unknown names, or if Triton is asked
-        for and no device of this machine runs it.
-        """
-        chosen = Kernels.of(selection)
-        if choices:
-            chosen = Kernels(chosen.default, {**chosen.choices, **choices})
-        chosen.require()
-        for module in self.modules():
-            if isinstance(getattr(module, "kernels", None), Kernels):
-                module.kernels = chosen  # type: ignore[assignment]
-
-    def kernel_report(self) -> dict[str, str]:
-        """{operation: implementation} of what runs on the model's device, attention included."""
-        chosen = {name: self.kernels.chosen(name, self.device) for name in kernels.operations()}
-        return {"attention": self.config._attn_implementation, **chosen}
+    set_attn_implementation = kernel_choice.set_attn_implementation
+    set_kernels = kernel_choice.set_kernels
+    kernel_report = kernel_choice.kernel_report
 
     # Loading and saving
 
@@ -363,48 +308,26 @@ class CausalLM(AdapterMethods, nn.Module):
         """
         cls._auto_class = check_auto_class(cls, auto_class, "AutoModelForCausalLM")
 
-    # Weights
-
-    def active_ties(self) -> dict[str, str]:
-        """{tied parameter: its source}, of those the configuration puts in force."""
-        return dict(self._tied_weights_keys) if self.config.tie_word_embeddings else {}
-
-    def tie_weights(self) -> None:
-        """Make each tied parameter the same object as its source."""
-        for target, source in self.active_ties().items():
-            owner, _, name = target.rpartition(".")
-            setattr(self.get_submodule(owner), name, self.get_parameter(source))
+    # The parts, and what they amount to
 
     @property
     def base_model(self) -> nn.Module:
         """The decoder without its head."""
         return getattr(self, self.base_model_prefix)
 
-    def get_decoder(self) -> nn.Module:
-        """The decoder without its head."""
-        return self.base_model
-
-    def set_decoder(self, decoder: nn.Module) -> None:
-        """Replace the decoder, and tie the head to it if they are tied."""
-        setattr(self, self.base_model_prefix, decoder)
-        self.tie_weights()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
-        return self.base_model.get_input_embeddings()  # type: ignore[operator]
-
-    def set_input_embeddings(self, module: nn.Module) -> None:
-        """Replace the token embedding, and tie the head to it if they are tied."""
-        self.base_model.set_input_embeddings(module)  # type: ignore[operator]
-        self.tie_weights()
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The language-modelling head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, module: nn.Module) -> None:
-        """Replace the language-modelling head."""
-        self.lm_head = module
+    active_ties = parts.active_ties
+    tie_weights = parts.tie_weights
+    get_decoder = parts.get_decoder
+    set_decoder = parts.set_decoder
+    get_input_embeddings = parts.get_input_embeddings
+    set_input_embeddings = parts.set_input_embeddings
+    get_output_embeddings = parts.get_output_embeddings
+    set_output_embeddings = parts.set_output_embeddings
+    resize_token_embeddings = vocabulary.resize_token_embeddings
+    num_parameters = accounting.num_parameters
+    get_memory_footprint = accounting.get_memory_footprint
+    estimate_tokens = accounting.estimate_tokens
+    floating_point_ops = accounting.floating_point_ops
 
     @property
     def dtype(self) -> torch.dtype:
@@ -420,22 +343,6 @@ class CausalLM(AdapterMethods, nn.Module):
     def device(self) -> torch.device:
         """Where inputs belong: the device of the first parameter, or the first that a spread-out model runs on."""
         return vars(self).get(RUNS_ON) or next(self.parameters()).device
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of parameters, tied ones counted once; codes count as the numbers they stand for."""
-        return accounting.num_parameters(self, only_trainable, exclude_embeddings)
-
-    def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of parameters and, unless told not to, buffers; tied ones counted once."""
-        return accounting.memory_footprint(self, return_buffers)
-
-    def estimate_tokens(self, input_dict: Mapping[str, Any]) -> int:
-        """Tokens of a batch, padding counted: of ``input_ids``, else of ``inputs_embeds``, else 0."""
-        return accounting.tokens_of(self, input_dict)
-
-    def floating_point_ops(self, input_dict: Mapping[str, Any], exclude_embeddings: bool = True) -> int:
-        """About how many operations training takes on a batch: 6 a parameter and token, attention's not counted."""
-        return 6 * self.estimate_tokens(input_dict) * self.num_parameters(exclude_embeddings=exclude_embeddings)
 
     # Quantization
 
@@ -470,84 +377,16 @@ class CausalLM(AdapterMethods, nn.Module):
 
     # Training
 
-    def gradient_checkpointing_enable(
-        self,
-        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """Recompute layers' activations in the backward pass instead of holding them; dropout is drawn as before.
-
-        gradient_checkpointing_kwargs: for ``torch.utils.checkpoint.checkpoint``; ``use_reentrant`` is False by default.
-        every_n_layers: of so many layers the first is recomputed, the others hold theirs; 1: all are. offload: what
-        recomputed layers start from waits in the host's memory, pinned, instead of on the accelerator.
-        No cache is filled while training so. Raises ArgumentError for an unknown keyword.
-        """
-        chosen = recomputation(gradient_checkpointing_kwargs, every_n_layers, offload)
-        self.base_model.checkpointing = chosen  # type: ignore[assignment]
-        if chosen.arguments["use_reentrant"]:  # which passes gradients only to what asks for them at its door
-            self.enable_input_require_grads()
-
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """`gradient_checkpointing_enable` under its newer name."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Hold activations again."""
-        self.base_model.checkpointing = None  # type: ignore[assignment]
-
-    activation_checkpointing_disable = gradient_checkpointing_disable
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether activations are recomputed in training."""
-        return getattr(self.base_model, "checkpointing", None) is not None
-
-    is_activation_checkpointing = is_gradient_checkpointing
-
-    def enable_input_require_grads(self) -> None:
-        """Let gradients flow to the embeddings' output although the embedding is frozen (adapters need it)."""
-        self.disable_input_require_grads()
-        embedding = self.get_input_embeddings()
-        self._input_grads_hook = embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
-
-    def disable_input_require_grads(self) -> None:
-        """Undo `enable_input_require_grads`, if it was called."""
-        if self._input_grads_hook is not None:
-            self._input_grads_hook.remove()
-            self._input_grads_hook = None
-
-    def freeze(self, *patterns: str) -> list[str]:
-        r"""Train the parameters no more in whose names any of the regular expressions is found; all without one.
-
-        ``model.freeze("embed_tokens", r"layers\.[0-3]\.")``; a tied parameter goes by each of its names.
-        Returns the names. Raises ArgumentError for a pattern that fits nothing.
-        """
-        return set_trainable(self, patterns, False)
-
-    def unfreeze(self, *patterns: str) -> list[str]:
-        """Undo `freeze`, for the same patterns or others. Raises QuantizationError for codes: they have no gradient."""
-        return set_trainable(self, patterns, True)
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
-        """Give the token embedding and the head another number of rows, and ``config.vocab_size`` that number.
-
-        new_num_tokens: rows, None: as many as there are. pad_to_multiple_of: rounded up to one.
-        mean_resizing: new rows lie about the mean of the old ones; False: they are initialised as in a new model.
-        Parameters stay the objects they are, tied ones tied; returns the embedding. Make optimizers after it.
-        Raises ArgumentError for a size that is none, adapters on either or weights that are not in memory;
-            QuantizationError if either is quantized.
-        """
-        from .vocabulary import resize_token_embeddings
-
-        return resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
+    gradient_checkpointing_enable = training.gradient_checkpointing_enable
+    gradient_checkpointing_disable = training.gradient_checkpointing_disable
+    is_gradient_checkpointing = property(training.is_gradient_checkpointing)
+    activation_checkpointing_enable = training.activation_checkpointing_enable
+    activation_checkpointing_disable = training.gradient_checkpointing_disable
+    is_activation_checkpointing = property(training.is_gradient_checkpointing)
+    enable_input_require_grads = training.enable_input_require_grads
+    disable_input_require_grads = training.disable_input_require_grads
+    freeze = freezing.freeze
+    unfreeze = freezing.unfreeze
 
     def pipeline_stage(self, skip_logits: bool = True) -> Any:
         """This rank's stage for the schedules of ``torch.distributed.pipelining``; see `pipeline_stage.Stage`.

@@ -1,4 +1,4 @@
-"""Which parameters a training changes, chosen by patterns on their names."""
+"""Which parameters a training changes, chosen by patterns on their names; methods of `CausalLM`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,21 @@ if TYPE_CHECKING:
     from .causal_lm import CausalLM
 
 
-def set_trainable(model: CausalLM, patterns: tuple[str, ...], trainable: bool) -> list[str]:
-    """Let the parameters that any of ``patterns`` is found in have gradients or not; all without a pattern.
+def freeze(model: CausalLM, *patterns: str) -> list[str]:
+    r"""Train the parameters no more in whose names any of the regular expressions is found; all without one.
 
-    Returns their names. Raises ArgumentError for a pattern that is none or fits nothing, QuantizationError for codes.
+    ``model.freeze("embed_tokens", r"layers\.[0-3]\.")``; a tied parameter goes by each of its names.
+    Returns the names. Raises ArgumentError for a pattern that fits nothing.
     """
+    return _set_trainable(model, patterns, False)
+
+
+def unfreeze(model: CausalLM, *patterns: str) -> list[str]:
+    """Undo `freeze`, for the same patterns or others. Raises QuantizationError for codes: they have no gradient."""
+    return _set_trainable(model, patterns, True)
+
+
+def _set_trainable(model: CausalLM, patterns: tuple[str, ...], trainable: bool) -> list[str]:
     every = dict(model.named_parameters(remove_duplicate=False))  # a tied parameter goes by each of its names
     chosen = {name: every[name] for pattern in patterns or ("",) for name in _found(pattern, list(every))}
     codes = packed_numbers(model)[0] if trainable and model.is_quantized else set()

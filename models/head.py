@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from .. import kernels as operations
+from ..errors import ArgumentError
+
+if TYPE_CHECKING:
+    from .causal_lm import CausalLM
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -31,6 +35,19 @@ def why_not_fused(head: nn.Module) -> str | None:
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
         return f"the weight of lm_head is a {type(weight).__name__} of {weight.dtype}"
     return None
+
+
+def skips_logits(model: CausalLM, asked: bool | None, has_labels: bool) -> bool:
+    """Whether a forward takes its loss without logits: as its caller asked, or None: in training where it can.
+
+    Raises ArgumentError if they are to be skipped and cannot be.
+    """
+    if asked is None:
+        return model.training and has_labels and why_not_fused(model.lm_head) is None
+    reason = why_not_fused(model.lm_head) if has_labels else "without labels the logits are all there is to return"
+    if asked and reason is not None:
+        raise ArgumentError(f"skip_logits=True cannot be: {reason}; leave skip_logits out, or pass False")
+    return asked
 
 
 def fused_loss(head: Any, hidden_states: Tensor, labels: Tensor | None, *, kernels: Any, **options: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels import AUTO, Kernels
-from .peer_class import reduce_by_type
+from .peer_class import reduce_by_type, seen_layer, set_class
 
 
 class Linear(nn.Linear):
@@ -39,14 +38,7 @@ class Conv1D(nn.Module):
 
     weight_is_in_out = True
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """The class, as `isinstance` asks for it: once PEFT is imported, transformers' Conv1D beside this one.
-
-        PEFT knows layers that store their weight so by that class alone. ``type(layer)`` is this class always.
-        """
-        peer = sys.modules.get("transformers.pytorch_utils") if "peft" in sys.modules else None
-        return getattr(peer, "Conv1D", type(self))
+    __class__ = property(seen_layer, set_class)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduce_by_type(self)

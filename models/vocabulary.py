@@ -17,9 +17,19 @@ _SPREAD = 1e-9  # of the covariance of the old rows that new ones are drawn with
 
 
 def resize_token_embeddings(
-    model: CausalLM, new_num_tokens: int | None, pad_to_multiple_of: int | None, mean_resizing: bool
-) -> Any:
-    """See `CausalLM.resize_token_embeddings`."""
+    model: CausalLM,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    mean_resizing: bool = True,
+) -> nn.Module:
+    """Give the token embedding and the head another number of rows, and ``config.vocab_size`` that number.
+
+    new_num_tokens: rows, None: as many as there are. pad_to_multiple_of: rounded up to one.
+    mean_resizing: new rows lie about the mean of the old ones; False: they are initialised as in a new model.
+    Parameters stay the objects they are, tied ones tied; returns the embedding. Make optimizers after it.
+    Raises ArgumentError for a size that is none, adapters on either or weights that are not in memory;
+        QuantizationError if either is quantized.
+    """
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     if new_num_tokens is None and pad_to_multiple_of is None:

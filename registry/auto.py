@@ -155,7 +155,8 @@ class AutoModelForCausalLM:
             commit of the configuration, for code of another repository that one's main.
         progress: show a bar (None: on a terminal, when it takes long).
         disable_mmap: True reads the weights from end to end into memory of their own instead of mapping the files;
-            None does so on network and FUSE file systems, where the report says it; False never.
+            None does so on network and FUSE file systems, where the report says it; False never. A mapped file that
+            another program cuts later ends the process (SIGBUS); one that was read does not matter any more.
         device_mesh: spread the model over the ranks of a torch DeviceMesh, each of which calls this and reads its own
             parts only; see docs/parallel.md. parallel: "fsdp", "tp", "fsdp+tp" or a `ParallelConfig`; None goes by
             the names of the mesh's dimensions.

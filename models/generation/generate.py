@@ -58,6 +58,7 @@ def generate(
     Returns (batch * num_return_sequences, length), int64, finished rows filled with the pad token; with
     return_dict_in_generate a `GenerateOutput`. Raises GenerationError, ArgumentError.
     """
+    _refuse_other_inputs(model)
     company = company_of(model)
     with company or nullcontext():  # whatever fails on this rank, others that generate with it are not left waiting
         merged = merge(model.generation_config, GenerationConfig.of(generation_config), kwargs)
@@ -99,6 +100,16 @@ def _run(
     if streamer is not None:
         raise GenerationError("beam search only knows its tokens at the end: streamer needs num_beams=1")
     return beam_search(runner, options, processors, criteria, batch=runner.prompt.rows, generator=generator)
+
+
+def _refuse_other_inputs(model: Any) -> None:
+    """GenerationError for a model whose ``prepare_inputs_for_generation`` somebody has replaced, to no effect."""
+    replaced = vars(model).get("prepare_inputs_for_generation")
+    if replaced is not None and replaced.__func__ is not type(model).prepare_inputs_for_generation:
+        raise GenerationError(
+            "generate() builds its own inputs and would ignore prepare_inputs_for_generation, which "
+            f"{type(replaced.__self__).__name__} put in place of the model's (prompt tuning does); LoRA can"
+        )
 
 
 def _stream(

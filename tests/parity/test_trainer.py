@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from parity.peers import Case, transformers
 from torch.utils.data import Dataset
 
-from loadstone import AutoModelForCausalLM, CausalLM
+from loadstone import AutoModelForCausalLM
 
 accelerate = pytest.importorskip("accelerate")
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -223,39 +222,6 @@ def test_counted_work_and_tags(tmp_path: Path) -> None:
         assert model.model_tags == ["one", "two"]
     assert done[0] == done[1]
     assert done[0][0] > 0
-
-
-# What isinstance says
-
-
-@kinds
-def test_seen_as_a_pretrained_model_and_still_ours(kind: str) -> None:
-    model = tiny.model(kind)
-    assert isinstance(model, transformers.PreTrainedModel)
-    assert isinstance(model, CausalLM)
-    assert isinstance(model, tiny.MODELS[kind])
-    assert type(model) is tiny.MODELS[kind]
-    assert model.__class__.__name__ == type(model).__name__
-    assert model.__class__.forward is type(model).forward
-    assert model.__class__ is tiny.model(kind).__class__
-    assert not isinstance(model.base_model, transformers.PreTrainedModel)
-    ids = torch.arange(5)[None]
-    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert type(again) is type(model)
-        assert torch.equal(again(ids).logits, model(ids).logits)
-        tied = model.config.tie_word_embeddings
-        assert (again.lm_head.weight is again.get_input_embeddings().weight) == tied
-
-
-def test_its_class_can_be_changed_for_good() -> None:
-    """As `fully_shard` does: a class over the one that is seen."""
-    model = tiny.model("llama")
-    sharded = type("Sharded", (model.__class__,), {"unshard": lambda self: "here"})
-    model.__class__ = sharded
-    assert type(model) is sharded
-    assert model.unshard() == "here"
-    assert isinstance(model, CausalLM)
-    assert model(torch.arange(5)[None]).logits.shape == (1, 5, 61)
 
 
 # accelerate
