@@ -17,7 +17,7 @@ from loadstone import AutoModelForCausalLM, BitsAndBytesConfig, LoraConfig
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SIGBUS, as Linux sends it")
 CHILD = """
-import os, sys
+import os, resource, sys
 from pathlib import Path
 import torch
 from loadstone import AutoModelForCausalLM, BitsAndBytesConfig
@@ -26,6 +26,7 @@ def logits(model):
     with torch.no_grad():
         return model(torch.tensor([[1, 2, 3, 4]])).logits
 
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 root = Path(sys.argv[1])
 common = {"mapped": {"disable_mmap": False}, "read": {"disable_mmap": True},
           "disk": {"disable_mmap": True, "device_map": "disk"}}[sys.argv[2]]
