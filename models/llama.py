@@ -235,7 +235,8 @@ class LlamaForCausalLM(CausalLM):
     _tp_plan = {
         "model.embed_tokens": "embedding_rowwise",
         "model.layers.*.self_attn": "shared_input",
-        "model.layers.*.self_attn.[qkv]_proj": "colwise",
+        "model.layers.*.self_attn.q_proj": "colwise",
+        "model.layers.*.self_attn.[kv]_proj": "colwise_key_heads",
         "model.layers.*.self_attn.o_proj": "rowwise",
         "model.layers.*.mlp": "shared_input",
         "model.layers.*.mlp.gate_proj": "colwise",

@@ -38,11 +38,13 @@ class Joined:
         """How a model on meta is to be spread. Raises ParallelError if it cannot be."""
         from ..loading.parallel_load import Spread
         from ..loading.parallel_packed import share_out_packed
-        from .parallel_plan import check_heads, cuts_of, styles_of
+        from .parallel_heads import check_heads
+        from .parallel_plan import cuts_of, styles_of
 
         if self.layout.tp is not None:
             self._styles = styles_of(model, self.layout.config.tp_plan)
-            check_heads(model.config, self.layout.tp_size)
+            gathers = any(style.name == "colwise_key_heads" for style in self._styles.values())
+            check_heads(model.config, self.layout.tp_size, gathers)
         if self.layout.pp is not None:
             self._take_stage(model)
         cuts = cuts_of(model, self._styles)
@@ -77,10 +79,11 @@ class Joined:
         if self.layout.tp is not None:
             from ..loading.parallel_states import usual_states
             from .parallel_forward import parallelize_forwards
+            from .parallel_heads import key_heads
 
             usual_states(model, self.layout.folded)
             group = self.layout.tp.get_group()
-            parallelize_forwards(model, self._styles, group)
+            parallelize_forwards(model, self._styles, group, key_heads(model.config, group))
             _share_randomness(group)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import ParallelError
 from ..kernels.vocab_parallel import vocab_parallel_cross_entropy
 from ..quant.packed import holds_in_out
+from .parallel_heads import KeyHeads
 from .parallel_plan import Style
 
 Forward = Callable[..., Any]
@@ -72,8 +73,11 @@ def _summed(states: Tensor, group: Any) -> Tensor:
     return total
 
 
-def parallelize_forwards(model: nn.Module, styles: Mapping[str, Style], group: Any) -> None:
-    """Give every module with weights of its own, and those with a style, their forward over the ranks of ``group``."""
+def parallelize_forwards(
+    model: nn.Module, styles: Mapping[str, Style], group: Any, heads: KeyHeads | None = None
+) -> None:
+    """Give every module with weights of its own, and those with a style, their forward over the ranks of ``group``;
+    ``heads``: how those get their key heads that have not their own."""
     shared = [f"{name}." for name, style in styles.items() if style.name == "shared_input"]
     for name, module in list(model.named_modules()):
         style = styles.get(name)
@@ -91,6 +95,8 @@ def parallelize_forwards(model: nn.Module, styles: Mapping[str, Style], group: A
         else:
             copied = name.startswith(tuple(shared))
             made = _colwise(module, plain, group, style, copied)
+            if style.name == "colwise_key_heads" and heads is not None:
+                made = _key_heads(made, heads)
             if style.name == "colwise_gather_output" and getattr(module, "bias", None) is None:
                 module.fused_loss = partial(torch.compiler.disable(_head_loss), module, group)
         # compilers look past the attributes that stand in front of parameters; these modules run as they are
@@ -152,6 +158,13 @@ def _colwise(module: nn.Module, plain: Forward, group: Any, style: Style, copied
         with _attributes(module, **parts):
             output = plain(hidden_states)
         return _Gather.apply(output, group) if style.name == "colwise_gather_output" else output
+
+    return forward
+
+
+def _key_heads(share: Forward, heads: KeyHeads) -> Forward:
+    def forward(hidden_states: Tensor) -> Tensor:
+        return heads.gather(share(hidden_states))
 
     return forward
 

@@ -3,6 +3,8 @@
 A plan maps patterns of module names (``*`` stands for one part of a name) to styles:
 
 ``colwise``: a linear layer whose output features are shared out; what follows works on its own share.
+``colwise_key_heads``: as ``colwise``, for keys and values: where the ranks' shares are not whole heads, or not those
+that their queries attend to, the outputs of the ranks concerned are brought together (see `parallel_heads`).
 ``rowwise``: a linear layer whose input features are shared out; the ranks' results are summed.
 ``colwise_gather_output``: as ``colwise``, the whole output brought together again; for the head.
 ``embedding_rowwise``: an embedding whose rows are shared out; the ranks' results are summed.
@@ -27,8 +29,7 @@ from ..quant.packed import holds_in_out
 if TYPE_CHECKING:
     from .causal_lm import CausalLM
 
-STYLES = ("colwise", "rowwise", "colwise_gather_output", "embedding_rowwise", "shared_input")
-_HEADS = ("num_attention_heads", "num_key_value_heads")
+STYLES = ("colwise", "colwise_key_heads", "rowwise", "colwise_gather_output", "embedding_rowwise", "shared_input")
 
 
 class Style(NamedTuple):
@@ -62,17 +63,6 @@ def styles_of(model: CausalLM, changes: Mapping[str, Any] | None) -> dict[str, S
                 _check(name, modules[name], style)
                 found[name] = style
     return found
-
-
-def check_heads(config: Any, size: int) -> None:
-    """ParallelError if the heads cannot be shared out over ``size`` ranks."""
-    held = {name: getattr(config, name, None) for name in _HEADS}
-    uneven = [f"{name}={count}" for name, count in held.items() if isinstance(count, int) and count % size]
-    if uneven:
-        raise ParallelError(
-            f"tp={size} cannot share out {' and '.join(uneven)}: every rank needs whole heads; use a tp size that "
-            "divides them"
-        )
 
 
 def cuts_of(model: CausalLM, styles: Mapping[str, Style]) -> dict[str, Cut]:

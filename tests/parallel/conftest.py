@@ -26,6 +26,9 @@ def on_four(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         Case("llama", places["llama"], "fsdp+tp", (2, 2), save_to=saved / "by_both"),
         Case("llama", places["llama"], "hsdp", (2, 2), steps=3),
         Case("gpt2", places["gpt2"], "fsdp+tp", (2, 2), steps=3, save_to=saved / "gpt2_by_both"),
+        *(Case("llama", places[name], "tp", (4,), save_to=saved / name.replace(" ", "_")) for name in steps.HEADS),
+        Case("llama", places["one key"], "fsdp+tp", (2, 2), save_to=saved / "one_key_by_both"),
+        Case("mistral", places["mistral"], "tp", (4,), steps=3),
     ]
     return _run(cases, 4)
 
@@ -44,10 +47,12 @@ def on_two(places: dict[str, Path], on_four: dict[str, Any], tmp_path_factory: p
     for place in ("biased", "qwen2"):
         cases.append(Case(place, places[place], "tp", (2,), **few, save_to=saved / place))
     cases.append(Case("llama", places["llama"], "hsdp+tp", (1, 1, 2), **few))
+    cases.append(Case("llama", places["three keys"], "tp", (2,), **few, checkpointing=True))
     cases += [Case("llama", places["llama"], "tp", (2,), **few, options={"disable_mmap": True, "dtype": "bfloat16"})]
     for case, _ in on_four.values():
         if case.save_to is not None:
-            cases += [Case(case.kind, case.save_to, strategy, (2,), steps=1) for strategy in ("fsdp", "tp")]
+            strategies = ("tp",) if case.place.name in steps.HEADS else ("fsdp", "tp")
+            cases += [Case(case.kind, case.save_to, strategy, (2,), steps=1) for strategy in strategies]
     return _run(cases, 2)
 
 

@@ -26,7 +26,7 @@ PROMPTS = torch.tensor([[5, 9, 2, 7], [1, 1, 3, 8]])
 def generated(rank: int, places: dict[str, Path], dropping: Path) -> dict[str, Any]:
     """Texts of every architecture; drawn ones with another seed on each rank; prompts that end apart."""
     told: dict[str, Any] = {}
-    for kind in ("llama", "mistral", "gpt2", "tied"):
+    for kind in ("llama", "mistral", "gpt2", "tied", "one key", "three keys"):
         model = _load(places[kind], "tp", 2)
         told[kind] = model.generate(PROMPTS, max_new_tokens=12)
         if kind != "gpt2":

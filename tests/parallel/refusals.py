@@ -12,6 +12,7 @@ from loadstone import AutoModelForCausalLM, LlamaForCausalLM, ParallelConfig
 from loadstone.loading import parallel_load
 
 Seen = tuple[str, str]
+KEYS = "model.layers.*.self_attn.[kv]_proj"
 
 
 def attempt(place: Any, **options: Any) -> Seen:
@@ -43,7 +44,7 @@ def seen(rank: int, place: Path, odd: Path, other: Path) -> dict[str, Seen]:
         "unused dimension": attempt(place, device_mesh=named(2, 1, names=("fsdp", "tp")), parallel="tp"),
         "unknown strategy": attempt(place, device_mesh=tp, parallel="ftp"),
         "heads": attempt(odd / "heads", device_mesh=tp),
-        "kv heads": attempt(odd / "kv", device_mesh=tp),
+        "kv heads": attempt(odd / "kv", device_mesh=tp, parallel=ParallelConfig(tp_plan={KEYS: "colwise"})),
         "intermediate": attempt(odd / "intermediate", device_mesh=tp),
         "vocabulary": attempt(odd / "vocabulary", device_mesh=tp),
         "style": attempt(place, device_mesh=tp, parallel=ParallelConfig(tp_plan={"lm_head": "columns"})),

@@ -20,6 +20,12 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 BATCH, LENGTH, RATE, STEPS = 4, 12, 1e-2, 10
 SIZES: dict[str, Any] = {"vocab_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 48}
+HEADS: dict[str, dict[str, Any]] = {  # key heads that four ranks do not divide
+    "two keys": {"num_key_value_heads": 2, "attention_bias": True},
+    "one key": {"num_key_value_heads": 1},
+    "three keys": {"num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 8},
+    "six keys": {"num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 4},
+}
 NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "llama": SIZES,
@@ -136,9 +142,11 @@ def checkpoints(directory: Path) -> dict[str, Path]:
     for kind in tiny.KINDS:
         tiny.checkpoint(directory / kind, kind, **OVERRIDES[kind])
     tiny.checkpoint(directory / "tied", "llama", **SIZES, tie_word_embeddings=True)
+    for name, sizes in HEADS.items():
+        tiny.checkpoint(directory / name, "llama", **{**SIZES, **sizes})
     tiny.checkpoint(directory / "biased", "llama", **SIZES, attention_bias=True, mlp_bias=True)
     config = load("custom_architecture").Qwen2Config.from_dict({**tiny.values("llama", **SIZES), "model_type": "qwen2"})
     outside = AutoModelForCausalLM.from_config(config)
     tiny.randomize(outside)
     outside.save_pretrained(directory / "qwen2")
-    return {name: directory / name for name in (*tiny.KINDS, "tied", "biased", "qwen2")}
+    return {name: directory / name for name in (*tiny.KINDS, *HEADS, "tied", "biased", "qwen2")}

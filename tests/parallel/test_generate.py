@@ -20,7 +20,7 @@ def told(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> l
     return ranks.results(moments.generated, 2, places, dropping)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "tied"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "tied", "one key", "three keys"])
 def test_tensor_parallel_tokens_are_those_of_one_process(
     kind: str, told: list[dict[str, Any]], places: dict[str, Path]
 ) -> None:

@@ -19,7 +19,7 @@ def saved(*trained: dict[str, Any]) -> list[Any]:
 
 def test_one_process_loads_what_a_mesh_has_saved(on_four: dict[str, Any], on_two: dict[str, Any]) -> None:
     cases = saved(on_four, on_two)
-    assert len(cases) == 7
+    assert len(cases) == 12
     for case, told in cases:
         model, info = AutoModelForCausalLM.from_pretrained(case.save_to, output_loading_info=True)
         assert not any(info.values())

@@ -41,13 +41,13 @@ def compared(trained: dict[str, Any]) -> list[str]:
 
 
 def test_two_ranks_train_as_one(on_two: dict[str, Any]) -> None:
-    """All architectures, tied heads, recomputed activations, and what four ranks have saved."""
-    assert len(on_two) == 20
+    """All architectures, tied heads, key heads in parts, recomputed activations, and what four ranks have saved."""
+    assert len(on_two) == 26
     assert not compared(on_two)
 
 
 def test_four_ranks_train_as_one(on_four: dict[str, Any]) -> None:
-    assert len(on_four) == 5
+    assert len(on_four) == 11
     assert not compared(on_four)
 
 
