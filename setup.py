@@ -14,7 +14,8 @@ from setuptools.command.build_ext import build_ext
 # Loaded through ctypes: no Python or torch headers. Without a compiler the torch form takes its place.
 LIBRARY = Extension(
     "loadstone.kernels.native.four_bit",
-    ["kernels/native/four_bit.c"],
+    [f"kernels/native/{name}.c" for name in ("four_bit", "avx512", "avx2")],
+    depends=["kernels/native/four_bit.h"],
     extra_compile_args=["-O3", "-ffp-contract=off"],
     optional=True,
 )

@@ -15,6 +15,7 @@ from ..errors import KernelError
 from . import native
 from .dispatch import AUTO, Kernels, declare, declare_native, dispatch
 from .library import define
+from .scales import NestedScales, check_scales, dequantize_absmax
 
 # Numbers decoded at a time, in fp32: on a CPU they stay in its cache until they are multiplied.
 _CHUNK = {"cpu": 1 << 18, "gpu": 1 << 26}
@@ -49,17 +50,20 @@ def linear_4bit(
     shape: Sequence[int],
     bias: Tensor | None = None,
     *,
+    nested: NestedScales | None = None,
     kernels: Kernels = AUTO,
 ) -> Tensor:
     """``x @ weight.T + bias`` with a 4-bit weight, decoded to the dtype of ``x``; differentiable in x and bias.
 
     x: (..., in_features); under autocast it is cast as in a linear layer. packed, absmax, code, blocksize: as in
     `dequantize_4bit`. shape: (out_features, in_features). bias: (out_features,) or None, cast to the dtype of x.
+    nested: of scales that are quantized themselves, ``absmax`` their bytes then.
     Returns (..., out_features) in that dtype. The weight is never held decoded as a whole in the forward pass on a CPU;
-    the backward pass decodes it. The kernel "native" (CPUs with AVX-512) multiplies few rows while it decodes.
+    the backward pass decodes it. The kernel "native" (CPUs with AVX2) multiplies few rows while it decodes, nested
+    scales too, if it is also what runs for "dequantize_absmax"; else those are decoded first, to the same numbers.
     Raises KernelError if shapes do not fit each other.
     """
-    _check(packed, absmax, code, blocksize, shape)
+    _check(packed, absmax, code, blocksize, shape, scales=torch.float32 if nested is None else torch.uint8)
     if len(shape) != 2 or x.dim() == 0 or x.shape[-1] != shape[1] or (bias is not None and bias.shape != shape[:1]):
         raise KernelError(
             f"a 4-bit weight of shape {tuple(shape)} cannot multiply x of shape {tuple(x.shape)}"
@@ -68,16 +72,33 @@ def linear_4bit(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     bias = None if bias is None else bias.to(x.dtype)
-    return dispatch(kernels, "linear_4bit", x, packed, absmax, code, blocksize, list(shape), bias)
+    given = (code, blocksize, list(shape), bias)
+    if nested is None:
+        return dispatch(kernels, "linear_4bit", x, packed, absmax, *given)
+    if _decodes_scales(kernels, x, blocksize):
+        check_scales(absmax, nested.absmax, nested.code, nested.blocksize)
+        return dispatch(kernels, "linear_4bit", x, packed, absmax, *given, *nested)
+    scales = dequantize_absmax(absmax, *nested, kernels=kernels)
+    return dispatch(kernels, "linear_4bit", x, packed, scales, *given)
 
 
-def _check(packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int]) -> None:
+def _decodes_scales(kernels: Kernels, x: Tensor, blocksize: int) -> bool:
+    """Whether the product that will run takes nested scales as they are, and is what was chosen for them."""
+    if x.device.type != "cpu" or native.why_not_4bit(x.dtype, blocksize) is not None:
+        return False
+    return kernels.chosen("linear_4bit", x.device) == kernels.chosen("dequantize_absmax", x.device) == "native"
+
+
+def _check(
+    packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int],
+    scales: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
     count = math.prod(shape)
     if blocksize <= 0 or blocksize % 2 or count <= 0:
         raise KernelError(f"4-bit blocks have an even number of numbers, not {blocksize}; the shape is {tuple(shape)}")
     wanted = (
         ("packed", packed, (count + 1) // 2, torch.uint8),
-        ("absmax", absmax, -(-count // blocksize), torch.float32),
+        ("absmax", absmax, -(-count // blocksize), scales),
         ("code", code, 16, torch.float32),
     )
     for name, tensor, size, dtype in wanted:
@@ -160,16 +181,49 @@ def _native_decode(
 
 
 def _native_forward(
-    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int], bias: Tensor | None
-) -> Tensor:
+    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int], bias: Tensor | None,
+    nested_absmax: Tensor | None = None, nested_code: Tensor | None = None, nested_offset: float = 0.0,
+    nested_blocksize: int = 1,
+) -> Tensor:  # fmt: skip
     outputs, width = shape
     flat = x.reshape(-1, width)
+    nested = (nested_absmax, nested_code, nested_offset, nested_blocksize)
     if not native.takes_rows(flat.shape[0], x.dtype, blocksize, width):
-        return _multiply(partial(native.decode_4bit, code), x, packed, absmax, blocksize, shape, bias)
-    y = native.linear_4bit(flat, packed, absmax, code, blocksize, outputs)
+        scales = _scales(absmax, *nested)
+        return _multiply(partial(native.decode_4bit, code), x, packed, scales, blocksize, shape, bias)
+    y = native.linear_4bit(flat, packed, absmax, code, blocksize, outputs, *nested)
     if bias is not None:
         y.add_(bias)
     return y.to(x.dtype).view(*x.shape[:-1], outputs)
+
+
+def _scales(absmax: Tensor, nested_absmax: Tensor | None, code: Tensor | None, offset: float, blocksize: int) -> Tensor:
+    if nested_absmax is None or code is None:
+        return absmax
+    return torch.ops.loadstone.dequantize_absmax_native(absmax, nested_absmax, code, offset, blocksize)
+
+
+def _fake_native(
+    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int], bias: Tensor | None,
+    nested_absmax: Tensor | None = None, nested_code: Tensor | None = None, nested_offset: float = 0.0,
+    nested_blocksize: int = 1,
+) -> Tensor:  # fmt: skip
+    return fake_linear(x, packed, absmax, code, blocksize, shape, bias)
+
+
+def _keep_nested(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:4], *inputs[7:9])
+    ctx.blocksize, ctx.shape, ctx.nested = inputs[4], inputs[5], inputs[9:]
+
+
+def _native_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    packed, absmax, code, *nested = ctx.saved_tensors
+
+    def weight() -> Tensor:
+        scales = _scales(absmax, *nested, *ctx.nested)
+        return _native_decoding(packed, scales, code, ctx.blocksize, ctx.shape, grad.dtype)
+
+    return (*_gradients(ctx, grad, weight), *[None] * 4)
 
 
 def fake_decode(
@@ -196,14 +250,15 @@ def linear_backward(decode: Callable[..., Tensor]) -> Callable[..., tuple[Tensor
     """The backward pass of ``linear_4bit`` that decodes with ``decode``; itself differentiable in the gradient."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        of_x = of_bias = None
-        if ctx.needs_input_grad[0]:
-            of_x = grad @ decode(*ctx.saved_tensors, ctx.blocksize, ctx.shape, grad.dtype)
-        if ctx.needs_input_grad[6]:
-            of_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return of_x, None, None, None, None, None, of_bias
+        return _gradients(ctx, grad, lambda: decode(*ctx.saved_tensors, ctx.blocksize, ctx.shape, grad.dtype))
 
     return backward
+
+
+def _gradients(ctx: Any, grad: Tensor, weight: Callable[[], Tensor]) -> tuple[Tensor | None, ...]:
+    of_x = grad @ weight() if ctx.needs_input_grad[0] else None
+    of_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[6] else None
+    return of_x, None, None, None, None, None, of_bias
 
 
 def define_both(form: str, decode: Callable[..., Tensor], forward: Callable[..., Tensor]) -> tuple[Any, Any]:
@@ -217,6 +272,9 @@ def define_both(form: str, decode: Callable[..., Tensor], forward: Callable[...,
 _torch_operations = define_both("{}", _torch_decode, _torch_forward)
 declare("dequantize_4bit", _torch_operations[0], "four_bit")
 declare("linear_4bit", _torch_operations[1], "four_bit")
-_native_operations = define_both("{}_native", _native_decode, _native_forward)
-declare_native("dequantize_4bit", _native_operations[0], native.supports_dequantize_4bit)
-declare_native("linear_4bit", _native_operations[1], native.supports_linear_4bit)
+_native_decoding = define("dequantize_4bit_native", _native_decode, fake_decode)
+_native_product = define(
+    "linear_4bit_native", _native_forward, _fake_native, backward=_native_backward, setup_context=_keep_nested
+)
+declare_native("dequantize_4bit", _native_decoding, native.supports_dequantize_4bit)
+declare_native("linear_4bit", _native_product, native.supports_linear_4bit)

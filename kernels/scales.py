@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,18 @@ from ..errors import KernelError
 from . import native
 from .dispatch import AUTO, Kernels, declare, declare_native, dispatch
 from .library import define
+
+
+class NestedScales(NamedTuple):
+    """The quantization of scales themselves: scale = code[byte] * absmax[block of bytes] + offset.
+
+    absmax: fp32, one for each ``blocksize`` scales. code: (256,) fp32. offset: the mean of the scales, an fp32 number.
+    """
+
+    absmax: Tensor
+    code: Tensor
+    offset: float
+    blocksize: int = 256
 
 
 def dequantize_absmax(
@@ -20,6 +34,12 @@ def dequantize_absmax(
     codes: (count,) uint8. absmax: (ceil(count / blocksize),) fp32. code: (256,) fp32. Returns (count,) fp32.
     Raises KernelError if these do not fit each other.
     """
+    check_scales(codes, absmax, code, blocksize)
+    return dispatch(kernels, "dequantize_absmax", codes, absmax, code, offset, blocksize)
+
+
+def check_scales(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> None:
+    """Raise KernelError unless quantized scales and what decodes them fit each other."""
     wanted = (
         ("codes", codes, (codes.numel(),), torch.uint8),
         ("absmax", absmax, (-(-codes.numel() // max(1, blocksize)),), torch.float32),
@@ -31,7 +51,6 @@ def dequantize_absmax(
                 f"{name} of {codes.numel()} quantized scales in blocks of {blocksize} is {shape} {dtype}, not "
                 f"{tuple(tensor.shape)} {tensor.dtype}"
             )
-    return dispatch(kernels, "dequantize_absmax", codes, absmax, code, offset, blocksize)
 
 
 def _torch_form(codes: Tensor, absmax: Tensor, code: Tensor, offset: float, blocksize: int) -> Tensor:

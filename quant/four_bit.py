@@ -13,8 +13,9 @@ from torch import Tensor
 from ..errors import QuantizationError
 from ..kernels import four_bit as kernel
 from ..kernels.dispatch import AUTO, Kernels
+from ..kernels.scales import NestedScales
 from .codebooks import boundaries, codebook, dynamic_map
-from .quant_state import BLOCK_SIZES, DTYPES, NestedState, QuantState
+from .quant_state import BLOCK_SIZES, DTYPES, QuantState, packed_size
 
 STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)
 _NESTED_BLOCK = 256
@@ -65,7 +66,7 @@ def dequantize_4bit(
     """
     dtype = dtype or state.dtype
     return kernel.dequantize_4bit(
-        packed_bytes(packed, state),
+        packed_bytes(packed, state.shape),
         state.scales(kernels),
         state.code,
         state.blocksize,
@@ -75,17 +76,18 @@ def dequantize_4bit(
     )
 
 
-def packed_bytes(packed: Tensor, state: QuantState) -> Tensor:
-    """Packed codes of any storage dtype as they lie, (ceil(n / 2),) uint8.
+def packed_bytes(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Packed codes of any storage dtype as they lie, (ceil(n / 2),) uint8, of a tensor of ``shape``.
 
-    Raises QuantizationError if they are not as many as ``state`` says.
+    Raises QuantizationError if they are not as many as that has.
     """
-    if packed.nbytes != state.packed_bytes:
+    if packed.nbytes != (size := packed_size(shape)):
         raise QuantizationError(
-            f"a 4-bit tensor of shape {state.shape} has {state.packed_bytes} packed bytes, these are {packed.nbytes} "
+            f"a 4-bit tensor of shape {shape} has {size} packed bytes, these are {packed.nbytes} "
             f"({tuple(packed.shape)}, {packed.dtype}); packed codes cannot be cast, only viewed, as another dtype"
         )
-    return packed.reshape(-1).view(torch.uint8)
+    flat = packed.reshape(-1)
+    return flat if flat.dtype == torch.uint8 else flat.view(torch.uint8)
 
 
 def _check(weight: Tensor, blocksize: int, storage: torch.dtype) -> None:
@@ -198,7 +200,7 @@ def _cells(quant_type: str) -> Tensor:
     return table
 
 
-def nest_scales(absmax: Tensor) -> tuple[Tensor, NestedState]:
+def nest_scales(absmax: Tensor) -> tuple[Tensor, NestedScales]:
     """All scales of a tensor as 8 bits each, and the state that decodes them."""
     code = dynamic_map().to(absmax.device, copy=True)
     mean = absmax.mean()
@@ -213,7 +215,7 @@ def nest_scales(absmax: Tensor) -> tuple[Tensor, NestedState]:
     largest = padded.abs().amax(1)
     scaled = (padded * (1.0 / largest).unsqueeze(1)).nan_to_num_(nan=-1.0).clamp_(-1, 1)
     found = _nearest_places().to(code.device)[((scaled + 1.0) * 0.5 * 65535 + 0.5).int()]
-    return found.view(-1)[: apart.numel()].clone(), NestedState(largest, code, mean.item(), _NESTED_BLOCK)
+    return found.view(-1)[: apart.numel()].clone(), NestedScales(largest, code, mean.item(), _NESTED_BLOCK)
 
 
 @lru_cache(maxsize=1)

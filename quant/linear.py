@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from ..errors import FormatError, QuantizationError
 from ..kernels import AUTO, Kernels
 from ..kernels.four_bit import linear_4bit
+from ..kernels.scales import NestedScales
 from .codebooks import codebook, dynamic_map
 from .config import QUANT_TYPES
 from .eight_bit import dequantize_rows, linear_int8, quantize_rows
 from .four_bit import dequantize_4bit, packed_bytes, quantize_4bit
 from .packed import PackedLinear, Recipe
-from .quant_state import NestedState, QuantState
+from .quant_state import QuantState
 from .shares import Gather, Part, Share, as_codes, completed_4bit, part_of_4bit, part_of_8bit, refuse_shared
 from .wrappers import mark_codes
 
@@ -99,21 +100,26 @@ class Linear4bit(PackedLinear):
     @property
     def weight_state(self) -> QuantState:
         """What decodes the packed weight, on its device."""
-        nested, absmax = None, self.absmax
-        if self.compress_statistics:
-            nested = NestedState(self.nested_absmax, self.nested_quant_map, self.nested_offset, self.nested_blocksize)
-            absmax = as_codes(absmax, torch.uint8)
+        absmax, nested = self._scales
         shape = (self.out_features, self.in_features)
         return QuantState(absmax, shape, self.source_dtype, self.blocksize, self.quant_type, self.quant_map, nested)
 
+    @property
+    def _scales(self) -> tuple[Tensor, NestedScales | None]:
+        if not self.compress_statistics:
+            return self.absmax, None
+        nested = NestedScales(self.nested_absmax, self.nested_quant_map, self.nested_offset, self.nested_blocksize)
+        return as_codes(self.absmax, torch.uint8), nested
+
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features); gradients reach the input and the bias."""
-        state = self.weight_state
         x = input if self.compute_dtype is None else input.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        packed = packed_bytes(self.weight, state)
+        shape = (self.out_features, self.in_features)
+        packed = packed_bytes(self.weight, shape)
+        absmax, nested = self._scales
         out = linear_4bit(
-            x, packed, state.scales(self.kernels), state.code, state.blocksize, state.shape, bias, kernels=self.kernels
+            x, packed, absmax, self.quant_map, self.blocksize, shape, bias, nested=nested, kernels=self.kernels
         )
         return out.to(input.dtype)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..kernels import AUTO, Kernels
-from ..kernels.scales import dequantize_absmax
+from ..kernels.scales import NestedScales, dequantize_absmax
 from .codebooks import QUANT_TYPES, codebook
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -24,17 +24,9 @@ _MOST_NUMBERS = 1 << 48
 _CODE_ROOM = 1e-6  # a map in a file may be another version's rounding of ours, no other map
 
 
-@dataclass(frozen=True, eq=False)
-class NestedState:
-    """The scales' own quantization: scale = code[byte] * absmax[block of bytes] + offset.
-
-    absmax: fp32, one for each ``blocksize`` scales. code: (256,) fp32. offset: the mean of the scales, an fp32 number.
-    """
-
-    absmax: Tensor
-    code: Tensor
-    offset: float
-    blocksize: int = 256
+def packed_size(shape: tuple[int, ...]) -> int:
+    """Bytes of the packed codes of a tensor of ``shape``: half the numbers, rounded up."""
+    return (math.prod(shape) + 1) // 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +43,12 @@ class QuantState:
     blocksize: int
     quant_type: str
     code: Tensor
-    nested: NestedState | None = None
+    nested: NestedScales | None = None
 
     @property
     def packed_bytes(self) -> int:
         """Bytes of the packed codes: half the numbers, rounded up."""
-        return (math.prod(self.shape) + 1) // 2
+        return packed_size(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -66,17 +58,13 @@ class QuantState:
 
     def scales(self, kernels: Kernels = AUTO) -> Tensor:
         """The scale of each block, (blocks,) fp32; ``absmax`` itself unless it is nested."""
-        if (nested := self.nested) is None:
-            return self.absmax
-        return dequantize_absmax(
-            self.absmax, nested.absmax, nested.code, nested.offset, nested.blocksize, kernels=kernels
-        )
+        return self.absmax if self.nested is None else dequantize_absmax(self.absmax, *self.nested, kernels=kernels)
 
     def to(self, device: torch.device | str) -> QuantState:
         """This state with its tensors on ``device``."""
         nested = self.nested
         if nested is not None:
-            nested = replace(nested, absmax=nested.absmax.to(device), code=nested.code.to(device))
+            nested = nested._replace(absmax=nested.absmax.to(device), code=nested.code.to(device))
         return replace(self, absmax=self.absmax.to(device), code=self.code.to(device), nested=nested)
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -177,7 +165,7 @@ class _Reader:
             raise self.wrong(f"its shape {str(shape)[:80]} is of more numbers than there can be")
         return tuple(shape)
 
-    def _nested(self, facts: dict[str, Any], blocks: int) -> NestedState | None:
+    def _nested(self, facts: dict[str, Any], blocks: int) -> NestedScales | None:
         given = {"nested_absmax", "nested_quant_map"} & self.tensors.keys() | {
             key for key in facts if key.startswith("nested_")
         }
@@ -194,7 +182,7 @@ class _Reader:
         if not math.isfinite(offset):
             raise self.wrong(f"its nested_offset is {offset}")
         absmax = self._tensor("nested_absmax", torch.float32, -(-blocks // blocksize))
-        return NestedState(absmax, self._tensor("nested_quant_map", torch.float32, 256), offset, blocksize)
+        return NestedScales(absmax, self._tensor("nested_quant_map", torch.float32, 256), offset, blocksize)
 
     def _tensor(self, key: str, dtype: torch.dtype, count: int) -> Tensor:
         tensor = self.tensors.get(key)

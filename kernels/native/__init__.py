@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +17,19 @@ from ...errors import KernelError
 
 logger = logging.getLogger("loadstone.kernels")
 
-MOST_ROWS, MOST_ROWS_OF_PAIRS = 16, 128  # beyond which it is faster to decode the weight and multiply as always
+LEVELS = ("avx2", "avx512", "avx512bf16")  # as the compiled code numbers them, from 1 on
+VARIABLE = "LOADSTONE_NATIVE"
 _LIBRARY = "four_bit.shared.so"  # as setup.py names it
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_VERSION = 2  # of the compiled calls, as four_bit.c has it
 _SCALES_FOR_THREADS = 1 << 14
 _WIDTH = 32  # numbers that the loop takes at a time
+_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+_ARGUMENTS: dict[str, list[Any]] = {
+    "loadstone_linear_4bit": [*[_POINTER] * 5, *[_LONG] * 5, _POINTER, _POINTER, _FLOAT, *[_LONG] * 3],
+    "loadstone_dequantize_4bit": [*[_POINTER] * 4, *[_LONG] * 5],
+    "loadstone_dequantize_absmax": [*[_POINTER] * 4, _FLOAT, *[_LONG] * 4],
+}
 
 
 @cache
@@ -32,10 +42,15 @@ def _find() -> tuple[ctypes.CDLL | None, str | None]:
         )
     try:
         library = ctypes.CDLL(str(path))
-        level = library.loadstone_native()
+        if not hasattr(library, "loadstone_version") or library.loadstone_version() != _VERSION:
+            return None, f"{path.name} was compiled from the source of another version; install loadstone again"
+        if not library.loadstone_native():
+            return None, "it needs an x86-64 processor with AVX2, FMA and F16C, and Linux"
+        for name, arguments in _ARGUMENTS.items():
+            getattr(library, name).argtypes = arguments
     except (OSError, AttributeError) as error:
         return None, f"{path.name} cannot be loaded: {error}"
-    return (library, None) if level else (None, "it needs AVX-512, which this processor lacks")
+    return library, None
 
 
 def _library() -> ctypes.CDLL:
@@ -45,10 +60,22 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def levels() -> tuple[str, ...]:
+    """Those of `LEVELS` that this processor has. Raises KernelError where compiled code cannot run."""
+    return LEVELS[: _library().loadstone_native()]
+
+
 @cache
-def _pairs(dtype: torch.dtype) -> bool:
-    """Whether inputs are multiplied as they are (AVX512-BF16), not as fp32."""
-    return dtype == torch.bfloat16 and _library().loadstone_native() == 2
+def level() -> str:
+    """Which of `LEVELS` runs: the highest of this processor, or what ``$LOADSTONE_NATIVE`` says.
+
+    Raises KernelError if that is no level, or one above this processor's, and where compiled code cannot run.
+    """
+    here = levels()
+    asked = os.environ.get(VARIABLE) or here[-1]
+    if asked not in here:
+        raise KernelError(f"${VARIABLE} is {asked!r}; this processor has {', '.join(here)}")
+    return asked
 
 
 def why_not() -> str | None:
@@ -72,20 +99,22 @@ for _constant in (why_not, warn):
 
 
 def supports_linear_4bit(
-    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int], bias: Tensor | None
-) -> str | None:
+    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int], bias: Tensor | None,
+    *nested: Any,
+) -> str | None:  # fmt: skip
     """Why compiled code does not compute this product; None if it does."""
-    return _why_not_4bit(x.dtype, blocksize)
+    return why_not_4bit(x.dtype, blocksize)
 
 
 def supports_dequantize_4bit(
     packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int], dtype: torch.dtype
 ) -> str | None:
     """Why compiled code does not decode this; None if it does."""
-    return _why_not_4bit(dtype, blocksize)
+    return why_not_4bit(dtype, blocksize)
 
 
-def _why_not_4bit(dtype: torch.dtype, blocksize: int) -> str | None:
+def why_not_4bit(dtype: torch.dtype, blocksize: int) -> str | None:
+    """Why compiled code takes no 4-bit weights of such blocks for that dtype; None if it does."""
     if dtype not in _DTYPES:
         return f"it is for fp32, bf16 and fp16, not {dtype}"
     return None if blocksize % _WIDTH == 0 else f"blocks of {blocksize} numbers are no multiple of {_WIDTH}"
@@ -94,49 +123,61 @@ def _why_not_4bit(dtype: torch.dtype, blocksize: int) -> str | None:
 def dequantize_absmax(codes: Tensor, absmax: Tensor, code: Tensor, offset: float, blocksize: int) -> Tensor:
     """Scales from their codes; see `loadstone.kernels.scales`."""
     out = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
+    codes, absmax, code = codes.contiguous(), absmax.contiguous(), code.contiguous()
     threads = torch.get_num_threads() if codes.numel() >= _SCALES_FOR_THREADS else 1
     _library().loadstone_dequantize_absmax(
-        *_addresses([codes.contiguous(), absmax.contiguous(), code.contiguous(), out]),
-        ctypes.c_float(offset),
-        *_numbers(codes.numel(), blocksize, threads),
-    )
+        codes.data_ptr(), absmax.data_ptr(), code.data_ptr(), out.data_ptr(), offset, codes.numel(), blocksize,
+        _number_of(level()), threads,
+    )  # fmt: skip
     return out
 
 
 def takes_rows(rows: int, dtype: torch.dtype, blocksize: int, width: int) -> bool:
     """Whether `linear_4bit` computes this: few rows, and blocks that end where rows do."""
-    most = MOST_ROWS_OF_PAIRS if _pairs(dtype) else MOST_ROWS
-    return 0 < rows <= most and width % blocksize == 0
+    return 0 < rows <= most_rows(dtype) and width % blocksize == 0
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows beyond which it is faster to decode the weight and multiply as always."""
+    return 128 if dtype == torch.bfloat16 and level() == "avx512bf16" else 16
 
 
 def decode_4bit(code: Tensor, out: Tensor, packed: Tensor, absmax: Tensor, blocksize: int) -> None:
     """Fill ``out``, flat, from its codes; see `supports_dequantize_4bit`."""
-    kept = [packed.contiguous(), absmax.contiguous(), code.contiguous(), out]
+    packed, absmax, code = packed.contiguous(), absmax.contiguous(), code.contiguous()
     _library().loadstone_dequantize_4bit(
-        *_addresses(kept), *_numbers(out.numel(), blocksize, _DTYPES[out.dtype], torch.get_num_threads())
-    )
+        packed.data_ptr(), absmax.data_ptr(), code.data_ptr(), out.data_ptr(), out.numel(), blocksize,
+        _DTYPES[out.dtype], _number_of(level()), torch.get_num_threads(),
+    )  # fmt: skip
 
 
-def linear_4bit(x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, outputs: int) -> Tensor:
+def linear_4bit(
+    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, outputs: int,
+    nested_absmax: Tensor | None = None, nested_code: Tensor | None = None, offset: float = 0.0,
+    nested_blocksize: int = 1,
+) -> Tensor:  # fmt: skip
     """``x @ weight.T`` in fp32, the weight rounded to the dtype of x; see `takes_rows`.
 
-    x: (rows, in_features). packed: (outputs * in_features / 2,) uint8. absmax: (blocks,) fp32. code: (16,) fp32.
-    Returns (rows, outputs) fp32. Products of bf16 are exact and summed in fp32; with AVX512-BF16, subnormal numbers
-    count as zero.
+    x: (rows, in_features). packed: (outputs * in_features / 2,) uint8. absmax: (blocks,) fp32, or uint8 with what
+    `dequantize_absmax` calls absmax, code, offset and blocksize. code: (16,) fp32. Returns (rows, outputs) fp32.
+    Products of bf16 are exact and summed in fp32; with AVX512-BF16, subnormal numbers count as zero.
+    Raises MemoryError if there is none for its working space.
     """
     rows, width = x.shape
-    pairs = _pairs(x.dtype)
-    inputs = x.contiguous() if pairs else x.float().contiguous()
     y = torch.empty(rows, outputs, dtype=torch.float32, device="cpu")
-    kept = [inputs, torch.empty_like(inputs), packed.contiguous(), absmax.contiguous(), code.contiguous(), y]
-    sizes = (rows, outputs, width, blocksize, _DTYPES[x.dtype], int(pairs), torch.get_num_threads())
-    _library().loadstone_linear_4bit(*_addresses(kept), *_numbers(*sizes))
+    x, packed, absmax, code = x.contiguous(), packed.contiguous(), absmax.contiguous(), code.contiguous()
+    if nested_absmax is not None and nested_code is not None:
+        nested_absmax, nested_code = nested_absmax.contiguous(), nested_code.contiguous()
+    if _library().loadstone_linear_4bit(
+        x.data_ptr(), packed.data_ptr(), absmax.data_ptr(), code.data_ptr(), y.data_ptr(),
+        rows, outputs, width, blocksize, _DTYPES[x.dtype],
+        None if nested_absmax is None else nested_absmax.data_ptr(),
+        None if nested_code is None else nested_code.data_ptr(),
+        offset, nested_blocksize, _number_of(level()), torch.get_num_threads(),
+    ):  # fmt: skip
+        raise MemoryError(f"no memory for the working space of a 4-bit product of {rows} rows, {width} wide")
     return y
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-
-
-def _numbers(*sizes: int) -> list[ctypes.c_long]:
-    return [ctypes.c_long(size) for size in sizes]
+def _number_of(level: str) -> int:
+    return LEVELS.index(level) + 1

@@ -31,7 +31,7 @@ both = pytest.mark.parametrize("kernels", [TRITON, TORCH], ids=["triton", "torch
 def codes(shape: tuple[int, int], quant_type: str = "nf4", blocksize: int = 64) -> tuple[Any, ...]:
     weight = quant_weights.weight("normal", shape, torch.float32).cuda()
     packed, state = quantize_4bit(weight, quant_type=quant_type, blocksize=blocksize)
-    return packed_bytes(packed, state), state.absmax, state.code, blocksize, shape
+    return packed_bytes(packed, state.shape), state.absmax, state.code, blocksize, shape
 
 
 def bound(x: Tensor, weight: Tensor, exact: Tensor) -> Tensor:

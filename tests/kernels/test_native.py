@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_code import NATIVE, at, at_each_level, compiled
 
 from loadstone.errors import KernelError
 from loadstone.kernels import Kernels, kernel_names, native
@@ -17,8 +18,7 @@ from loadstone.kernels.four_bit import linear_4bit
 from loadstone.kernels.scales import dequantize_absmax
 from loadstone.quant.four_bit import dequantize_4bit, quantize_4bit
 
-NATIVE = Kernels("native")
-compiled = pytest.mark.skipif(native.why_not() is not None, reason=f"compiled product: {native.why_not()}")
+TORCH = Kernels("torch")
 
 
 def weight_of(outputs: int, width: int, blocksize: int = 64, kind: str = "nf4", seed: int = 0) -> tuple:
@@ -29,27 +29,30 @@ def weight_of(outputs: int, width: int, blocksize: int = 64, kind: str = "nf4", 
 
 
 @compiled
+@at_each_level
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.integers(1, 20) | st.sampled_from((native.MOST_ROWS_OF_PAIRS, native.MOST_ROWS_OF_PAIRS + 1)),
+    rows=st.integers(1, 20) | st.sampled_from((128, 129)),
     outputs=st.integers(1, 70),
     blocks=st.integers(1, 5),
     blocksize=st.sampled_from((32, 64, 128, 256)),
     kind=st.sampled_from(("nf4", "fp4")),
     dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
     bias=st.booleans(),
+    nested=st.booleans(),
     seed=st.integers(0, 1 << 20),
 )
-def test_equals_float64(rows, outputs, blocks, blocksize, kind, dtype, bias, seed):
+def test_equals_float64(level, rows, outputs, blocks, blocksize, kind, dtype, bias, nested, seed):
     generator = torch.Generator().manual_seed(seed)
     width = blocks * blocksize
     weight = torch.randn(outputs, width, generator=generator)
     x = torch.randn(rows, width, generator=generator).to(dtype)
     extra = torch.randn(outputs, generator=generator).to(dtype) if bias else None
-    packed, state = quantize_4bit(weight, quant_type=kind, blocksize=blocksize)
+    packed, state = quantize_4bit(weight, quant_type=kind, blocksize=blocksize, double_quant=nested)
     parts = (packed.view(-1), state.absmax, state.code, blocksize, (outputs, width))
-    found = linear_4bit(x, *parts, extra, kernels=NATIVE)
-    assert torch.equal(found, linear_4bit(x, *parts, extra))
+    with at(level):
+        found = linear_4bit(x, *parts, extra, nested=state.nested, kernels=NATIVE)
+        assert torch.equal(found, linear_4bit(x, *parts, extra, nested=state.nested))
     exact = dequantize_4bit(packed, state, dtype).double()
     wanted = x.double() @ exact.T + (0 if extra is None else extra.double())
     size = x.double().abs() @ exact.abs().T + (0 if extra is None else extra.double().abs())
@@ -59,6 +62,7 @@ def test_equals_float64(rows, outputs, blocks, blocksize, kind, dtype, bias, see
 
 
 @compiled
+@at_each_level
 @settings(max_examples=60, deadline=None)
 @given(
     count=st.integers(1, 700),
@@ -66,7 +70,7 @@ def test_equals_float64(rows, outputs, blocks, blocksize, kind, dtype, bias, see
     dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
     seed=st.integers(0, 1 << 20),
 )
-def test_decodes_to_the_same_bits(count, blocksize, dtype, seed):
+def test_decodes_to_the_same_bits(level, count, blocksize, dtype, seed):
     """Any codes, table and scales: ends within a byte or a block, subnormal and infinite numbers, NaN."""
     generator = torch.Generator().manual_seed(seed)
     packed = torch.randint(0, 256, ((count + 1) // 2,), dtype=torch.uint8, generator=generator)
@@ -77,7 +81,9 @@ def test_decodes_to_the_same_bits(count, blocksize, dtype, seed):
     table = torch.randn(16, generator=generator)
     table[seed % 16] = 0
     parts = (packed, scales, table, blocksize, (count,), dtype)
-    found, expected = decode(*parts, kernels=NATIVE), decode(*parts, kernels=Kernels("torch"))
+    with at(level):
+        found = decode(*parts, kernels=NATIVE)
+    expected = decode(*parts, kernels=TORCH)
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(1.0), expected.nan_to_num(1.0))
 
@@ -95,7 +101,7 @@ def test_leaves_the_rest_to_torch(x, blocksize, reason):
     parts = (packed, torch.ones(3 * 128 // blocksize), torch.arange(16.0), blocksize, (3, 128))
     with pytest.raises(KernelError, match=reason):
         linear_4bit(x, *parts, kernels=NATIVE)
-    assert torch.equal(linear_4bit(x, *parts), linear_4bit(x, *parts, kernels=Kernels("torch")))
+    assert torch.equal(linear_4bit(x, *parts), linear_4bit(x, *parts, kernels=TORCH))
 
 
 @compiled
@@ -105,7 +111,7 @@ def test_blocks_over_rows_and_many_rows(rows, width):
     packed = torch.randint(0, 256, (2 * width,), dtype=torch.uint8)
     parts = (packed, torch.rand(4 * width // 64), torch.randn(16), 64, (4, width))
     x = torch.randn(rows, width, dtype=torch.bfloat16)
-    assert torch.equal(linear_4bit(x, *parts, kernels=NATIVE), linear_4bit(x, *parts, kernels=Kernels("torch")))
+    assert torch.equal(linear_4bit(x, *parts, kernels=NATIVE), linear_4bit(x, *parts, kernels=TORCH))
 
 
 @compiled
@@ -159,7 +165,7 @@ def test_gradients_and_compilers():
     torch.library.opcheck(torch.ops.loadstone.linear_4bit_native.default, (x, *parts, list(shape), bias))
     grad = torch.randn(2, 3, 6)
     of_native = torch.autograd.grad(linear_4bit(x, *parts, shape, bias), (x, bias), grad)
-    of_torch = torch.autograd.grad(linear_4bit(x, *parts, shape, bias, kernels=Kernels("torch")), (x, bias), grad)
+    of_torch = torch.autograd.grad(linear_4bit(x, *parts, shape, bias, kernels=TORCH), (x, bias), grad)
     for mine, other in zip(of_native, of_torch, strict=True):
         assert torch.equal(mine, other)
     whole = torch.compile(lambda x: linear_4bit(x, *parts, shape, bias), fullgraph=True, backend="aot_eager")

@@ -44,7 +44,7 @@ def codes(shape: tuple[int, ...], quant_type: str = "nf4", blocksize: int = 64) 
     packed, state = quantize_4bit(
         quant_weights.weight("normal", shape, torch.float32), quant_type=quant_type, blocksize=blocksize
     )
-    return packed_bytes(packed, state), state.absmax, state.code, blocksize, shape
+    return packed_bytes(packed, state.shape), state.absmax, state.code, blocksize, shape
 
 
 def decoded(packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: tuple[int, ...]) -> Tensor:

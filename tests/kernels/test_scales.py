@@ -7,13 +7,13 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from native_code import compiled
 
 from loadstone.errors import KernelError
-from loadstone.kernels import Kernels, native, support
+from loadstone.kernels import Kernels, support
 from loadstone.kernels.scales import dequantize_absmax
 
 interpreted = pytest.mark.skipif(not support.interpreting(), reason="for Triton's interpreter")
-compiled = pytest.mark.skipif(native.why_not() is not None, reason=f"compiled code: {native.why_not()}")
 KERNELS = [
     Kernels("torch"),
     pytest.param(Kernels("triton"), marks=interpreted),
