@@ -15,7 +15,7 @@ from .arena import DONTNEED, FAULT, PAGE, POPULATE_READ, advise
 from .checkpoint import Checkpoint
 from .disk import map_file
 from .header import TensorEntry
-from .reading import AHEAD, Reader
+from .reading import AHEAD, Reader, placed
 
 if TYPE_CHECKING:
     from .plan import Move
@@ -88,7 +88,11 @@ class Files:
         if self.maps(entry):
             start = entry.offset + begin * size
             return self._on(self.raw(entry.file, start, entry.offset + end * size), entry.dtype, (end - begin,))
-        return self.read(entry, begin, torch.empty(end - begin, dtype=entry.dtype, device="cpu"))
+        nbytes = (end - begin) * size
+        if not self.direct:
+            return self.read(entry, begin, torch.empty(nbytes, dtype=torch.uint8, device="cpu").view(entry.dtype))
+        room = torch.empty(nbytes + PAGE, dtype=torch.uint8, device="cpu")
+        return self.read(entry, begin, self.placed(room, entry, begin, end))
 
     def read(self, entry: TensorEntry, begin: int, target: torch.Tensor) -> torch.Tensor:
         """Fill a contiguous CPU tensor of the same dtype with the elements from ``begin`` on; returns it.
@@ -108,6 +112,13 @@ class Files:
         in memory as it does in the file."""
         counts = self.direct and entry.values is None and entry.offset % entry.dtype.itemsize == 0
         return entry.offset % PAGE if counts else 0
+
+    def placed(self, room: torch.Tensor, entry: TensorEntry, begin: int, end: int) -> torch.Tensor:
+        """Elements ``begin`` to ``end`` of a tensor in bytes of ``room``, a page more than they: where they can be read
+        past the page cache, if their file aligns them."""
+        size = entry.dtype.itemsize
+        start = entry.offset + begin * size
+        return placed(room, start - start % size, (end - begin) * size).view(entry.dtype)
 
     def waits_for_disk(self, moves: Sequence[Move]) -> bool:
         """Whether the largest of the tensors would be read past the page cache: others beside it will be too.

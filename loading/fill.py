@@ -92,7 +92,5 @@ class Filler:
         buffer = getattr(self._own, "buffer", None)
         if buffer is None:
             buffer = self._own.buffer = torch.empty(PIECE + PAGE, dtype=torch.uint8, device="cpu")
-        size = entry.dtype.itemsize
-        place = (entry.offset + begin * size - buffer.data_ptr()) % PAGE // size * size  # as in the file, if it can be
-        source = buffer[place : place + target.numel() * size].view(entry.dtype)
+        source = self._files.placed(buffer, entry, begin, begin + target.numel())
         target.copy_(self._files.read(entry, begin, source))

@@ -28,7 +28,7 @@ _STRIDE = 8 << 20  # bytes it is asked for at a time
 _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
 DIRECT_LEAST = 1 << 20  # bytes from which on a read past the page cache is worth its two ends
-_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
+_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP, errno.EFAULT)  # the last: memory that a disk cannot write into
 
 
 class Reader:
@@ -168,6 +168,12 @@ def octets_of(tensor: torch.Tensor) -> memoryview:
     if not tensor.nbytes:
         return memoryview(bytearray())
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def placed(room: torch.Tensor, begin: int, size: int) -> torch.Tensor:
+    """``size`` bytes of ``room``, which has a page more: those that lie in a page as the file's from ``begin`` on."""
+    place = (begin - room.data_ptr()) % PAGE
+    return room[place : place + size]
 
 
 def _read(descriptor: int, view: memoryview, begin: int, lock: threading.Lock) -> int:

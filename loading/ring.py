@@ -14,9 +14,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from .arena import PAGE
 from .files import Files
 from .plan import Move
 from .quantize import make_codes
+from .reading import placed
 from .workers import Watch, cores, join
 
 SLOT = 16 << 20  # bytes of a slot: a transfer of this size runs at the full speed of the bus
@@ -118,7 +120,8 @@ class Ring:
         size = slot_size(moves)
         count = min(SLOTS, -(-total // size) + 1)
         self._slots: list[torch.Tensor | None] = [None] * count
-        self._loads = loads(self._files.in_order(moves), size)
+        spare = PAGE if self._files.direct and size > PAGE else 0
+        self._loads = loads(self._files.in_order(moves), size - spare)
         threads = max(1, min(READERS, cores(), count - 1))
         readers = [
             threading.Thread(target=self._read, args=(size,), name="loadstone-read", daemon=True)
@@ -140,16 +143,20 @@ class Ring:
     def _carry_all(self, goods: _Goods) -> None:
         number = 0
         while (load := self._next(number)) is not None:
-            slot = self._slots[number % len(self._slots)]
-            assert slot is not None
-            unpack = goods.unpacker(load)
-            wait = self._lanes[load.device].carry(slot[: load.size], unpack)
+            wait = self._lanes[load.device].carry(self._held(number, load), goods.unpacker(load))
             with self._state:
                 self._sent[number] = wait
                 self._state.notify_all()
             if self._watch is not None:
                 self._watch(sum(part.amount * part.move.entry.dtype.itemsize for part in load.parts))
             number += 1
+
+    def _held(self, number: int, load: Load) -> torch.Tensor:
+        """The part of a slot that a load takes; what is read past the page cache lies in its page as in the file."""
+        slot = self._slots[number % len(self._slots)]
+        assert slot is not None
+        direct = self._files.direct and load.size + PAGE <= slot.numel()
+        return placed(slot, load.begin, load.size) if direct else slot[: load.size]
 
     def _next(self, number: int) -> Load | None:
         """The load of that number, once it is in its slot; None after the last."""
@@ -169,9 +176,7 @@ class Ring:
                     return
                 if self._slots[place] is None:
                     self._slots[place] = self._pin(size)
-                slot = self._slots[place]
-                assert slot is not None
-                self._files.reader.into(slot[: load.size], load.file, load.begin)
+                self._files.reader.into(self._held(number, load), load.file, load.begin)
                 with self._state:
                     self._filled[number] = load
                     self._state.notify_all()
