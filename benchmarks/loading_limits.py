@@ -38,12 +38,6 @@ def warm_memory(size: int) -> None:
     block.close()
 
 
-def free_memory() -> int:
-    """Bytes that are free, or the page cache's to give."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-
-
 def drop_cache(files: Sequence[Path]) -> None:
     """The files leave the page cache, as far as nobody has them mapped."""
     for file in files:

@@ -29,8 +29,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "fp32, one file": {"work": "wide_fp32", "stored": "float32", "dtype": "bfloat16", "ways": ["cast", "read, cast"]},
     "bf16, many shards": {"work": "wide_shards", "stored": "bfloat16", "dtype": "float32",
                           "ways": ["mapped, touched", "cast"]},
-    "bf16, 7B": {"work": "wide_7b", "stored": "bfloat16", "dtype": "float32", "ways": ["mapped, touched"],
-                 "needs": 16e9},
 }  # fmt: skip
 BOTH = ("transformers", "safetensors")  # on every row
 GPU_WAYS = ["GPU", "GPU, cast", "cold, GPU"]
@@ -127,10 +125,6 @@ def run(arguments: argparse.Namespace) -> None:
     tiny = str(works.path_of("llama_tiny"))
     for name, spec in ROWS.items():
         if arguments.only not in name:
-            continue
-        if not arguments.quick and limits.free_memory() < spec.get("needs", 0):
-            absent[name] = f"left out: the page cache must hold it, {spec['needs'] / 1e9:.0f} GB must be free"
-            print(f"{name}: {absent[name]}", flush=True)
             continue
         path = works.path_of("llama_tiny" if arguments.quick else spec["work"])
         work = {**spec, "path": str(path), "tiny": tiny, "bytes": _weights_bytes(path)}

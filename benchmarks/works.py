@@ -77,7 +77,6 @@ _REPEATED: dict[str, tuple[str, int, int]] = {  # dtype, layers, shards
     "wide_bf16": ("bfloat16", 2, 1),
     "wide_fp32": ("float32", 1, 1),
     "wide_shards": ("bfloat16", 4, 40),
-    "wide_7b": ("bfloat16", 32, 3),
 }
 
 
