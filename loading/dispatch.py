@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OffloadError
+from . import taken_off
 from .courier import Courier
 from .offload import Guest, in_a_row
 from .pinned import pinned
@@ -45,7 +46,7 @@ def undo(model: nn.Module) -> None:
         ):
             for key in [key for key in notes if key not in hooks]:
                 del notes[key]
-        for name in (ON_DISK, RUNS_ON, "_apply"):
+        for name in (ON_DISK, RUNS_ON, taken_off.NAME, "_apply"):
             module.__dict__.pop(name, None)
 
 
@@ -80,6 +81,8 @@ class _Dispatch:
         for guests in self.guests.values():
             in_a_row(guests)
         self.model.__dict__[RUNS_ON] = self.main
+        if self.placement.offloads:
+            self.model.__dict__[taken_off.NAME] = taken_off.Kept(self.main)
         hooked = {id(module) for module in self.hooked}
         for module in self.model.modules():
             if any(id(inner) in hooked for inner in module.modules()):

@@ -103,6 +103,11 @@ class Placement(NamedTuple):
         """Whether any weights stay in their files."""
         return DISK in self.table.values()
 
+    @property
+    def offloads(self) -> bool:
+        """Whether any weights are used elsewhere than where they live."""
+        return self.has_disk or (CPU in self.devices and self.main_device != CPU)
+
     def as_hf(self) -> dict[str, int | str]:
         """In the form of ``model.hf_device_map``: CUDA devices as numbers, others as strings."""
         return {name: _spelled(place) for name, place in self.table.items()}

@@ -267,3 +267,26 @@ def test_rotary_tables_cross_once_for_all_layers_of_a_device(llama: Path, monkey
         spread(IDS.to("sim:0"))
     assert copies.count((2, 11, 32)) <= 2  # hidden states, to the other device
     assert len([shape for shape in copies if shape[-1:] == (8,)]) <= 4  # cosines and sines
+
+
+def test_peft_loads_no_adapter_past_our_hooks(llama: Path, tmp_path: Path) -> None:
+    """It would take them off and move weights itself; the model is as it was, and there are two other ways."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    whole = peft.get_peft_model(load(llama), config).eval()
+    whole.save_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = whole(input_ids=IDS).logits
+        plain = load(llama)(IDS).logits
+    spread = load(llama, OFFLOADED)
+    with pytest.raises(OffloadError, match=r"load an adapter with model\.load_adapter"):
+        peft.PeftModel.from_pretrained(spread, tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(spread(IDS).logits, plain, atol=1e-5)
+        spread.load_adapter(tmp_path)
+        assert torch.allclose(spread(IDS).logits, wanted, atol=1e-5)
+        other = peft.get_peft_model(load(llama, OFFLOADED), config).eval()
+        peft.set_peft_model_state_dict(other, peft.utils.load_peft_weights(str(tmp_path), device="cpu"))
+        assert torch.allclose(other(input_ids=IDS).logits, wanted, atol=1e-5)
+        several = peft.PeftModel.from_pretrained(load(llama, {"": 0, "model.layers.1": 1}), tmp_path)
+        assert torch.allclose(several(input_ids=IDS).logits, wanted, atol=1e-5)  # nothing is offloaded there
