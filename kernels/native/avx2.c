@@ -171,41 +171,38 @@ AVX2 INLINE float sum_of(__m256 eight) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-/* ``across`` outputs for ``count`` rows; both are constants wherever this is inlined. */
-AVX2 INLINE void multiply(const Work *w, const float *scales, long n, long row, const int across, const int count,
-                          const long dtype) {
+/* One output for ``count`` rows, a constant wherever this is inlined: eight sums, or four of one row, so that no addition
+   waits for the one before it. */
+AVX2 INLINE void one_output(const Work *w, const float *scales, long n, long row, const int count, const long dtype) {
+  const uint8_t *codes = w->codes + n * (w->width / 2);
   const float *x = (const float *)w->x + row * w->stride;
-  const long blocks = w->width / w->blocksize;
-  __m256 sums[PANEL][EIGHT];
-#pragma GCC unroll 4
-  for (int j = 0; j < across; j++)
+  const int apart = count == 1 ? 4 : EIGHT / count; /* sums of a row */
+  __m256 sums[EIGHT];
 #pragma GCC unroll 8
-    for (int i = 0; i < count; i++) sums[j][i] = _mm256_setzero_ps();
-  for (long block = 0; block < blocks; block++) {
-    Table tables[PANEL];
+  for (int i = 0; i < count * apart; i++) sums[i] = _mm256_setzero_ps();
+  for (long start = 0; start < w->width; start += w->blocksize) {
+    const Table table = table_of(w->code, *scales++, dtype);
+    for (long k = start; k < start + w->blocksize; k += 32) {
+      __m256 numbers[4];
+      if (k % LINE == 0) _mm_prefetch((const char *)(codes + (AHEAD * w->width + k) / 2), _MM_HINT_T0);
+      numbers_of(table, codes + k / 2, numbers, dtype);
 #pragma GCC unroll 4
-    for (int j = 0; j < across; j++) tables[j] = table_of(w->code, scales[j * blocks + block], dtype);
-    for (long k = block * w->blocksize; k < (block + 1) * w->blocksize; k += 32) {
-#pragma GCC unroll 4
-      for (int j = 0; j < across; j++) {
-        const uint8_t *codes = w->codes + (n + j) * (w->width / 2) + k / 2;
-        if (k % LINE == 0) _mm_prefetch((const char *)(codes + AHEAD * w->width / 2), _MM_HINT_T0);
-        __m256 numbers[4];
-        numbers_of(tables[j], codes, numbers, dtype);
-#pragma GCC unroll 4
-        for (int part = 0; part < 4; part++)
+      for (int part = 0; part < 4; part++)
 #pragma GCC unroll 8
-          for (int i = 0; i < count; i++) {
-            const __m256 inputs = _mm256_loadu_ps(x + i * w->stride + k + 8 * part);
-            sums[j][i] = _mm256_fmadd_ps(numbers[part], inputs, sums[j][i]);
-          }
-      }
+        for (int i = 0; i < count; i++) {
+          const __m256 inputs = _mm256_loadu_ps(x + i * w->stride + k + 8 * part);
+          __m256 *sum = sums + i * apart + part % apart;
+          *sum = _mm256_fmadd_ps(numbers[part], inputs, *sum);
+        }
     }
   }
-#pragma GCC unroll 4
-  for (int j = 0; j < across; j++)
 #pragma GCC unroll 8
-    for (int i = 0; i < count; i++) w->y[(row + i) * w->outputs + n + j] = sum_of(sums[j][i]);
+  for (int i = 0; i < count; i++) {
+    __m256 sum = sums[i * apart];
+#pragma GCC unroll 4
+    for (int j = 1; j < apart; j++) sum = _mm256_add_ps(sum, sums[i * apart + j]);
+    w->y[(row + i) * w->outputs + n] = sum_of(sum);
+  }
 }
 
 AVX2 INLINE void products_as(const Work *w, long first, long last, float *room, const long dtype) {
@@ -215,10 +212,10 @@ AVX2 INLINE void products_as(const Work *w, long first, long last, float *room, 
     const float *scales = scales_of(w, n, across, room);
     for (int j = 0; j < across; j++, scales += blocks) {
       long row = 0;
-      for (; w->rows - row >= EIGHT; row += EIGHT) multiply(w, scales, n + j, row, 1, EIGHT, dtype);
-      if (w->rows - row >= 4) multiply(w, scales, n + j, row, 1, 4, dtype), row += 4;
-      if (w->rows - row >= 2) multiply(w, scales, n + j, row, 1, 2, dtype), row += 2;
-      if (w->rows - row == 1) multiply(w, scales, n + j, row, 1, 1, dtype);
+      for (; w->rows - row >= EIGHT; row += EIGHT) one_output(w, scales, n + j, row, EIGHT, dtype);
+      if (w->rows - row >= 4) one_output(w, scales, n + j, row, 4, dtype), row += 4;
+      if (w->rows - row >= 2) one_output(w, scales, n + j, row, 2, dtype), row += 2;
+      if (w->rows - row == 1) one_output(w, scales, n + j, row, 1, dtype);
     }
   }
 }

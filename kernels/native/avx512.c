@@ -153,29 +153,38 @@ AVX512 static void arrange(const Work *w, const void *x, void *room) {
   }
 }
 
-/* One output for ``count`` rows. The count is a constant wherever this is inlined, so that all sums stay in registers. */
+/* One output for ``count`` rows. The count is a constant wherever this is inlined, so that all sums stay in registers; of
+   few rows there are several for each, so that no addition waits for the one before it. */
 AVX512 INLINE void one_output(const Work *w, __m512 table, const float *scales, long n, long row, const int count) {
   const uint8_t *codes = w->codes + n * (w->width / 2);
+  const float *x = (const float *)w->x + row * w->stride;
+  const int apart = count >= 8 ? 1 : 2; /* sums of a row */
   __m512 sums[MOST];
 #pragma GCC unroll 16
-  for (int i = 0; i < count; i++) sums[i] = _mm512_setzero_ps();
+  for (int i = 0; i < count * apart; i++) sums[i] = _mm512_setzero_ps();
   for (long start = 0; start < w->width; start += w->blocksize) {
     const __m512 scaled = rounded(_mm512_mul_ps(table, _mm512_set1_ps(*scales++)), w->dtype);
-    for (long k = start; k < start + w->blocksize; k += 32, codes += 16) {
-      _mm_prefetch((const char *)(codes + AHEAD * w->width / 2), _MM_HINT_T0);
-      const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
+    for (long k = start; k < start + w->blocksize; k += 32) {
+      if (k % LINE == 0) _mm_prefetch((const char *)(codes + (AHEAD * w->width + k) / 2), _MM_HINT_T0);
+      const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + k / 2)));
       const __m512 odd = _mm512_permutexvar_ps(pairs, scaled);
       const __m512 even = _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), scaled);
 #pragma GCC unroll 16
       for (int i = 0; i < count; i++) {
-        const float *x = (const float *)w->x + (row + i) * w->stride + k;
-        sums[i] = _mm512_fmadd_ps(even, _mm512_loadu_ps(x), sums[i]);
-        sums[i] = _mm512_fmadd_ps(odd, _mm512_loadu_ps(x + 16), sums[i]);
+        const float *inputs = x + i * w->stride + k;
+        __m512 *sum = sums + i * apart;
+        sum[0] = _mm512_fmadd_ps(even, _mm512_loadu_ps(inputs), sum[0]);
+        sum[apart > 1] = _mm512_fmadd_ps(odd, _mm512_loadu_ps(inputs + 16), sum[apart > 1]);
       }
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < count; i++) w->y[(row + i) * w->outputs + n] = _mm512_reduce_add_ps(sums[i]);
+  for (int i = 0; i < count; i++) {
+    __m512 sum = sums[i * apart];
+#pragma GCC unroll 4
+    for (int j = 1; j < apart; j++) sum = _mm512_add_ps(sum, sums[i * apart + j]);
+    w->y[(row + i) * w->outputs + n] = _mm512_reduce_add_ps(sum);
+  }
 }
 
 AVX512 static void products(const Work *w, long first, long last, float *room, void *panel) {
@@ -254,7 +263,7 @@ PAIRS INLINE void decode_and_multiply(const Work *w, __m512 table, const float *
 }
 
 /* A panel of outputs, decoded side by side, for ``count`` rows; the first ``across`` of them are kept. */
-PAIRS INLINE void multiply(const Work *w, const uint16_t *panel, long n, int across, long row, const int count) {
+PAIRS INLINE void multiply(const Work *w, const uint16_t *panel, long n, const int across, long row, const int count) {
   const uint16_t *x = (const uint16_t *)w->x + row * w->stride;
   __m512 sums[PANEL][6];
 #pragma GCC unroll 4
@@ -280,7 +289,7 @@ PAIRS INLINE void multiply(const Work *w, const uint16_t *panel, long n, int acr
 }
 
 /* Where there are fewer outputs than a panel has room for, the last of them fills it. */
-PAIRS INLINE void panel_of(const Work *w, __m512 table, const float *scales, long n, int across, uint16_t *panel) {
+PAIRS INLINE void panel_of(const Work *w, __m512 table, const float *scales, long n, const int across, uint16_t *panel) {
   const long blocks = w->width / w->blocksize;
   for (int j = 0; j < PANEL; j++) {
     const int from = j < across ? j : across - 1;
@@ -296,7 +305,7 @@ PAIRS INLINE void panel_of(const Work *w, __m512 table, const float *scales, lon
 }
 
 /* Rows in groups that fill the registers and leave no group of one or two. */
-PAIRS INLINE void rows_of_panel(const Work *w, const uint16_t *panel, long n, int across) {
+PAIRS INLINE void rows_of_panel(const Work *w, const uint16_t *panel, long n, const int across) {
   long row = 0;
   for (; w->rows - row >= 9 || w->rows - row == 6; row += 6) multiply(w, panel, n, across, row, 6);
   if (w->rows - row >= 7) multiply(w, panel, n, across, row, 4), row += 4;
@@ -319,7 +328,8 @@ PAIRS static void products_of_pairs(const Work *w, long first, long last, float 
     const float *scales = scales_of(w, n, across, room);
     if (w->rows > MOST_IN_REGISTERS) {
       panel_of(w, table, scales, n, across, panel);
-      rows_of_panel(w, panel, n, across);
+      if (across == PANEL) rows_of_panel(w, panel, n, PANEL);
+      else rows_of_panel(w, panel, n, across);
     } else if (across == PANEL) {
       few_rows(w, table, scales, n, PANEL);
     } else {

@@ -32,7 +32,7 @@ def weight_of(outputs: int, width: int, blocksize: int = 64, kind: str = "nf4", 
 @at_each_level
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.integers(1, 20) | st.sampled_from((128, 129)),
+    rows=st.integers(1, 20) | st.sampled_from((64, 65, 128, 129)),
     outputs=st.integers(1, 70),
     blocks=st.integers(1, 5),
     blocksize=st.sampled_from((32, 64, 128, 256)),
@@ -112,6 +112,27 @@ def test_blocks_over_rows_and_many_rows(rows, width):
     parts = (packed, torch.rand(4 * width // 64), torch.randn(16), 64, (4, width))
     x = torch.randn(rows, width, dtype=torch.bfloat16)
     assert torch.equal(linear_4bit(x, *parts, kernels=NATIVE), linear_4bit(x, *parts, kernels=TORCH))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_many_rows_where_the_processor_has_no_product_of_the_dtype(dtype, bias, monkeypatch):
+    """They are multiplied in fp32, which is nearer to the numbers, and as fast as that is."""
+    from loadstone.kernels import four_bit
+
+    parts = weight_of(300, 1024, seed=3)  # more than is decoded at a time
+    x = torch.randn(130, 1024, generator=torch.Generator().manual_seed(1)).to(dtype)
+    extra = torch.randn(300).to(dtype) if bias else None
+    seen = []
+    monkeypatch.setattr(four_bit, "_multiplies", lambda device, given: seen.append((device.type, given)))
+    found = linear_4bit(x, *parts, extra)
+    assert seen == [("cpu", dtype)]
+    exact = x.double() @ decode(*parts, dtype).double().T + (0 if extra is None else extra.double())
+    size = x.double().abs() @ decode(*parts, dtype).double().abs().T + 4
+    assert found.dtype == dtype
+    assert ((found.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6 * size).all()
+    if native.why_not() is None:
+        assert torch.equal(found, linear_4bit(x, *parts, extra, kernels=TORCH))
 
 
 @compiled
