@@ -15,6 +15,8 @@ int loadstone_version(void) { return 2; }
 #include <dlfcn.h>
 #include <stdlib.h>
 
+#define PAGE 4096
+
 /* The highest level of this processor, LEVEL_NONE if it has none. */
 int loadstone_native(void) {
 #define HAS(feature) __builtin_cpu_supports(feature)
@@ -92,17 +94,21 @@ static void nest(Work *work, const Level *level, const uint8_t *bytes, const flo
   if (level->prepare) level->prepare(nested);
 }
 
+/* What reads ahead stops at the end of a page: no processor takes lines from another that writes the next thing. */
+static long whole_pages(long bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
+
 /* y = x @ weight.T, where absmax holds fp32 scales, or, with nested_absmax, bytes. 0, or 1 if there is no memory. */
 int loadstone_linear_4bit(const void *x, const uint8_t *codes, const void *absmax, const float *code, float *y, long rows,
                           long outputs, long width, long blocksize, long dtype, const float *nested_absmax,
                           const float *nested_code, float offset, long nested_blocksize, long level_, long threads) {
   const Level *level = the_level(level_, dtype);
   /* Rows a power of two apart would compete for the same places in the cache. */
-  const long stride = width + 128 / level->bytes_of_x, inputs = (rows * stride * level->bytes_of_x + 63) / 64 * 64;
+  const long stride = width + 128 / level->bytes_of_x, inputs = whole_pages(rows * stride * level->bytes_of_x);
   long share = 0;
   if (nested_absmax) share += room_for_scales(width / blocksize);
   if (rows > level->rows_in_registers) share += PANEL * width * (long)sizeof(uint16_t);
-  char *memory = aligned_alloc(64, (size_t)(inputs + share * (threads > 1 ? threads : 1)));
+  share = whole_pages(share);
+  char *memory = aligned_alloc(PAGE, (size_t)(inputs + share * (threads > 1 ? threads : 1)));
   if (!memory) return 1;
   Work work = {memory, codes, absmax, code, y, 0, rows, outputs, width, stride, blocksize, dtype, memory + inputs, share, {0}};
   if (nested_absmax) nest(&work, level, absmax, nested_absmax, nested_code, offset, nested_blocksize);
