@@ -1,9 +1,11 @@
 """A training step of a Llama in alternating fresh processes: time, tokens/s, FLOPs utilisation and peak memory.
 
-On a GPU a model of a billion parameters (TinyLlama's shape) in bf16 with AdamW, 4 x 4096 and 1 x 16384 tokens: our
+On a GPU a model of a billion parameters (TinyLlama's shape) in bf16 with AdamW, at growing sequences and batches: our
 kernels against transformers with sdpa, the same with Liger-Kernel, and ourselves with torch's operations. Utilisation
 is 6 operations a parameter and token, and attention's, by a large matmul measured in the same run and the data sheet.
-On a CPU small models in fp32 with a real vocabulary, where the chunked loss counts most.
+On a CPU small models in fp32 with a real vocabulary, where the chunked loss counts most. Rows with LoRA train adapters
+on all projections: ours against PEFT on transformers' model. Rows of growth, one for more tokens in a sequence and one
+for more sequences, hold what a thousand more tokens take of memory and time, by the least squares of the others.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import statistics
+from collections.abc import Sequence
 from importlib import util
+from pathlib import Path
 from typing import Any
 
 from . import counts, harness, works
@@ -25,15 +29,26 @@ TINY = {**SMALL, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128,
 _NOT_OF_THE_SHAPE = ("architectures", "model_type", "dtype")
 LARGE = {key: value for key, value in works.LLAMA_1B.items() if key not in _NOT_OF_THE_SHAPE}
 
-CPU_ROWS = [
-    ("small Llama, 2 x 256", {"shape": SMALL, "batch": 2, "length": 256, "repeat": 5}),
-    ("small Llama, 4 x 512", {"shape": SMALL, "batch": 4, "length": 512, "repeat": 3}),
-]
-QUICK_ROWS = [("tiny Llama, 2 x 32", {"shape": TINY, "batch": 2, "length": 32, "repeat": 1})]
-GPU_ROWS = [
-    ("1B Llama, 4 x 4096", {"shape": LARGE, "batch": 4, "length": 4096, "repeat": 5}),
-    ("1B Llama, 1 x 16384", {"shape": LARGE, "batch": 1, "length": 16384, "repeat": 5}),
-]
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}  # fmt: skip
+
+
+def works_of(name: str, shape: dict[str, Any], sizes: Sequence[tuple[int, int]], repeat: int) -> list[Any]:
+    """(name, work) of rows of one shape, by sizes of batch and sequence; the last one with LoRA too."""
+    rows = [
+        (f"{name}, {batch} x {length}", {"shape": shape, "batch": batch, "length": length, "repeat": repeat})
+        for batch, length in sizes
+    ]
+    last, work = rows[-1]
+    return [*rows, (last.replace(",", " with LoRA,"), {**work, "lora": LORA})]
+
+
+CPU_ROWS = works_of(
+    "small Llama", SMALL, [(1, 128), (1, 512), (1, 1024), (1, 2048), (2, 256), (2, 512), (4, 512), (8, 512)], 3
+)
+QUICK_ROWS = works_of("tiny Llama", TINY, [(1, 32), (2, 32)], 1)
+GPU_ROWS = works_of("1B Llama", LARGE, [(1, 2048), (1, 4096), (1, 8192), (1, 16384), (2, 4096), (4, 4096)], 5)
+PEERS = {"transformers": "transformers", "transformers with liger": "liger_kernel", "transformers with peft": "peft"}
 
 
 def measure(side: str, work: dict[str, Any]) -> dict[str, float]:
@@ -76,14 +91,26 @@ def _model(torch: Any, side: str, work: dict[str, Any]) -> Any:
                     importlib.import_module("liger_kernel.transformers").apply_liger_kernel_to_llama()
                 package = importlib.import_module("transformers")
                 model = package.LlamaForCausalLM(package.LlamaConfig(**shape, attn_implementation="sdpa"))
+            if "lora" in work:
+                model = _adapted(model, side, work)
     finally:
         torch.set_default_dtype(before)
     return model.train()
 
 
+def _adapted(model: Any, side: str, work: dict[str, Any]) -> Any:
+    """The side's model with adapters, which alone are trained."""
+    if side.startswith("loadstone"):
+        model.add_adapter(importlib.import_module("loadstone").LoraConfig(**work["lora"]))
+        return model
+    peft = importlib.import_module("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(**work["lora"], task_type="CAUSAL_LM"))
+
+
 def _step(torch: Any, model: Any, work: dict[str, Any]) -> Any:
     place = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=place.type == "cuda")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=place.type == "cuda")
     ids = torch.randint(0, work["shape"]["vocab_size"], (work["batch"], work["length"]), device=place)
 
     def step() -> None:
@@ -102,7 +129,8 @@ def flops(work: dict[str, Any]) -> int:
     per_layer = 2 * hidden * head_dim * (heads + shape["num_key_value_heads"]) + 3 * hidden * shape["intermediate_size"]
     parameters = layers * per_layer + hidden * shape["vocab_size"]
     pairs = counts.visible_pairs(length, length, causal=True)
-    return counts.training_flops(parameters, batch * length, layers, batch, heads, head_dim, pairs)
+    found = counts.training_flops(parameters, batch * length, layers, batch, heads, head_dim, pairs)
+    return found - 2 * parameters * batch * length if "lora" in work else found  # no gradients of frozen weights
 
 
 def derive(row: dict[str, Any], peaks: dict[str, float]) -> None:
@@ -118,20 +146,85 @@ def derive(row: dict[str, Any], peaks: dict[str, float]) -> None:
     print(f"    {told}", flush=True)
 
 
-def sides_there(on_gpu: bool) -> tuple[list[str], dict[str, str]]:
+def sides_there(on_gpu: bool, lora: bool = False) -> tuple[list[str], dict[str, str]]:
     """The sides that this machine can run, ours first, and why the others cannot."""
     sides, missing = ["loadstone"], {}
-    if util.find_spec("transformers") is None:
-        missing["transformers"] = "transformers is not installed"
-    else:
-        sides.append("transformers")
-    if on_gpu and util.find_spec("liger_kernel") is None:
-        missing["transformers with liger"] = "liger-kernel is not installed"
-    elif on_gpu and "transformers" in sides:
-        sides.append("transformers with liger")
+    for side, package in PEERS.items():
+        if lora != (package == "peft"):
+            continue
+        absent = [name for name in dict.fromkeys(("transformers", package)) if util.find_spec(name) is None]
+        if absent:
+            missing[side] = f"{' and '.join(absent)} not installed"
+        elif package == "liger_kernel" and not on_gpu:
+            missing[side] = "Liger-Kernel runs on GPUs"
+        else:
+            sides.append(side)
     if on_gpu or len(sides) == 1:
         sides.append("loadstone, torch operations")
     return sides, missing
+
+
+def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of what a thousand more tokens take, in longer sequences and in more of them, of rows that are measured."""
+    made = []
+    plain = [row for row in rows if "work" in row and "lora" not in row["work"] and "failed" not in row]
+    for peer in dict.fromkeys(row["peer"] for row in plain):
+        mine = [row for row in plain if row["peer"] == peer]
+        lengths = [row for row in mine if row["work"]["batch"] == 1]
+        most = max((row["work"]["length"] for row in mine if row["work"]["batch"] > 1), default=0)
+        batches = [row for row in mine if row["work"]["length"] == most]
+        for what, series in (("longer sequences", lengths), ("larger batches", batches)):
+            if len(series) < 2:
+                continue
+            tokens = [row["work"]["batch"] * row["work"]["length"] for row in series]
+            told = [f"{row['work']['batch']} x {row['work']['length']}" for row in series]
+            row = {"row": f"growth with {what}, {told[0]} to {told[-1]}", "peer": peer}
+            for figure, unit, scale in ((_memory_of(series[0]), "MB", 1e3), ("seconds", "s", 1e3)):
+                slopes = [_slope(tokens, [one[figure][side] for one in series]) * scale for side in ("loadstone", peer)]
+                ratio = slopes[1] / slopes[0]
+                row[f"{unit} for a thousand tokens"] = {
+                    "loadstone": slopes[0], peer: slopes[1], "ratio": ratio, "spread": [ratio, ratio],
+                }  # fmt: skip
+            made.append(row)
+    return made
+
+
+def _memory_of(row: dict[str, Any]) -> str:
+    return next(name for name in row if name.endswith("memory, MB"))
+
+
+def _slope(places: Sequence[float], values: Sequence[float]) -> float:
+    return statistics.linear_regression(places, values).slope
+
+
+def chart(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Memory and tokens/s of every side by the tokens of a step, in longer sequences and in larger batches."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    plain = [row for row in rows if "work" in row and "lora" not in row["work"] and "failed" not in row]
+    most = max((row["work"]["length"] for row in plain if row["work"]["batch"] > 1), default=0)
+    kinds = (("one sequence, tokens", "batch", 1, "length"), (f"sequences of {most}", "length", most, "batch"))
+    figure, panels = pyplot.subplots(2, 2, figsize=(9, 6.4))
+    for column, (title, fixed, value, by) in zip(panels.T, kinds, strict=True):
+        series = sorted((row for row in plain if row["work"][fixed] == value), key=lambda row: row["work"][by])
+        for axes, name in zip(column, (_memory_of(plain[0]), "tokens/s"), strict=True):
+            lines: dict[str, dict[int, float]] = {}
+            for row in series:
+                for side in ("loadstone", row["peer"]):
+                    lines.setdefault(side, {})[row["work"][by]] = row[name][side]
+            for side, points in lines.items():
+                axes.plot(list(points), list(points.values()), marker="o", label=side)
+            axes.set_xlabel(title)
+            axes.set_ylabel(name)
+            axes.set_ylim(bottom=0)
+            if lines:
+                axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -145,22 +238,26 @@ def run(arguments: argparse.Namespace) -> None:
     if (sheet := side_by_side.data_sheet(place)) is not None:
         peaks["the data sheet"] = sheet
     sides, missing = sides_there(on_gpu)
+    sides_of_lora, missing_of_lora = sides_there(on_gpu, lora=True)
+    missing |= missing_of_lora
     for name, why in missing.items():
         print(f"not raced: {name}, {why}", flush=True)
     rows: list[dict[str, Any]] = []
     for name, work in QUICK_ROWS if arguments.quick else GPU_ROWS if on_gpu else CPU_ROWS:
         if arguments.only in name:
             rounds, uncounted = (1, 0) if arguments.quick else (arguments.rounds, 0)
-            made = harness.race_all(__spec__.name, name, work, rounds=rounds, uncounted=uncounted, sides=sides)
+            those = sides_of_lora if "lora" in work else sides
+            made = harness.race_all(__spec__.name, name, work, rounds=rounds, uncounted=uncounted, sides=those)
             for row in made:
                 derive(row, peaks)
             rows += made
-    harness.write(
-        side_by_side.result_name("training_step", place),
-        rows,
-        merge=bool(arguments.only),
-        about=side_by_side.about(place, ceiling, missing),
-    )
+    result = side_by_side.result_name("training_step", place)
+    about = side_by_side.about(place, ceiling, missing)
+    _, rows = harness.save(result, rows, merge=bool(arguments.only), about=about)
+    grown = growth(rows)
+    for row in grown:
+        harness.print_row(row, ("loadstone", row["peer"]))
+    harness.write(result, grown, merge=True, chart=chart)
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -542,14 +542,52 @@ def test_limits_move_all_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert limits.touch(files) == 0.5
 
 
+def test_growth_is_what_a_thousand_more_tokens_take(tmp_path: Path) -> None:
+    training = module("training_step")
+    rows = []
+    for batch, length in ((1, 100), (1, 200), (1, 500), (2, 500), (4, 500)):
+        tokens = batch * length
+        row = {"row": f"{batch} x {length}", "peer": "other", "work": {"batch": batch, "length": length}}
+        row["seconds"] = {"loadstone": 0.1 + tokens / 1e4, "other": 0.2 + tokens / 5e3}
+        row["private memory, MB"] = {"loadstone": 300 + tokens * 0.5, "other": 350 + tokens * 2}
+        row["tokens/s"] = {side: tokens / seconds for side, seconds in row["seconds"].items()}
+        rows.append(row)
+    lora = {**rows[0], "work": {**rows[0]["work"], "lora": {}}, "seconds": {"loadstone": 99.0, "other": 99.0}}
+    grown = training.growth([*rows, lora, {"row": "growth of before", "peer": "other"}])
+    assert [row["row"] for row in grown] == [
+        "growth with longer sequences, 1 x 100 to 1 x 500", "growth with larger batches, 1 x 500 to 4 x 500",
+    ]  # fmt: skip
+    for row in grown:
+        assert row["MB for a thousand tokens"]["loadstone"] == pytest.approx(500)
+        assert row["MB for a thousand tokens"]["ratio"] == pytest.approx(4)
+        assert row["s for a thousand tokens"]["ratio"] == pytest.approx(2)
+    pytest.importorskip("matplotlib")
+    training.chart(tmp_path / "x.png", [*rows, lora, *grown])
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_sides_that_are_missing_are_named() -> None:
+    training = module("training_step")
+    here = {side for lora in (False, True) for side in training.sides_there(False, lora)[0]}
+    missing = {side: why for lora in (False, True) for side, why in training.sides_there(False, lora)[1].items()}
+    assert here | set(missing) >= {"loadstone", *training.PEERS}
+    assert not here & set(missing)
+    assert "liger" in missing["transformers with liger"].lower()
+
+
 def test_fine_tunes_of_both_sides_lie_on_each_other(tiny_checkpoint: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     finetune, harness = module("finetune"), module("harness")
     work = {**finetune.QUICK, "device": "cpu", "path": tiny_checkpoint}
     train, held = finetune.blocks(work)
-    rows = {tuple(row) for row in train.tolist()}
-    assert len(held) == 16
-    assert len(rows) > len(held)
+    assert len(held) == 24
+    assert len(train) > 10 * len(held)
+    assert not {tuple(row) for row in train.tolist()} & {tuple(row) for row in held.tolist()}
+    text, kept = finetune.texts()
+    for name in finetune.HELD_OUT:
+        assert (ROOT / name).read_text() in kept
+        assert (ROOT / name).read_text() not in text
+    assert "# Training" in text
     assert train.shape[1] == held.shape[1] == 32
     sides = ("loadstone", "transformers")
     found = {side: [finetune.measure(side, work)] for side in sides}
@@ -602,7 +640,12 @@ def test_quick_runs_write_their_results(name: str, arguments: tuple[str, ...], t
     assert all("failed" not in row for row in result["rows"])
     if name == "training_step":
         assert "transformers" in result["missing"]
-        assert [row["peer"] for row in result["rows"]] == ["loadstone, torch operations"]
+        assert {row["peer"] for row in result["rows"]} == {"loadstone, torch operations"}
+        names = [row["row"] for row in result["rows"]]
+        assert names == [
+            "tiny Llama, 1 x 32", "tiny Llama, 2 x 32", "tiny Llama with LoRA, 2 x 32",
+            "growth with larger batches, 1 x 32 to 2 x 32",
+        ]  # fmt: skip
     if name == "qlora":
         assert set(result["missing"]) == {"transformers", "bitsandbytes", "peft"}
         assert [row["peer"] for row in result["rows"]] == [None]
