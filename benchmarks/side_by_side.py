@@ -128,7 +128,7 @@ def ceilings(place: torch.device, quick: bool = False) -> dict[str, float]:
     """What this device does at most, by torch: FLOP/s of a large square product of the dtype that races use, and bytes
     per second, read and written, of a large copy."""
     on_gpu = place.type == "cuda"
-    size = 8192 if on_gpu and not quick else 1024
+    size = 1024 if quick else 8192 if on_gpu else 2048
     dtype = torch.bfloat16 if on_gpu else torch.float32
     left, right = (torch.randn(size, size, device=place, dtype=dtype) for _ in range(2))
     out = torch.empty_like(left)

@@ -176,6 +176,7 @@ def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for what, series in (("longer sequences", lengths), ("larger batches", batches)):
             if len(series) < 2:
                 continue
+            series = sorted(series, key=lambda row: row["work"]["batch"] * row["work"]["length"])
             tokens = [row["work"]["batch"] * row["work"]["length"] for row in series]
             told = [f"{row['work']['batch']} x {row['work']['length']}" for row in series]
             row = {"row": f"growth with {what}, {told[0]} to {told[-1]}", "peer": peer}
