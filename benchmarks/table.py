@@ -27,9 +27,18 @@ ABOUT = {  # result: title and what its rows are
 COMPACT = {  # one line a row and peer
     "attention_cpu": ("Attention", "fp32; on a GPU the script races the Triton kernels."),
     "ops_cpu": ("Operations", "In their torch form, fp32; on a GPU the script races the Triton kernels."),
-    "training_step_cpu": ("Training steps", "fp32."),
+    "training_step_cpu": (
+        "Training steps",
+        (
+            "fp32, batch x tokens. The rows of growth: what a thousand more tokens take, by the least squares of the "
+            "rows above."
+        ),
+    ),
     "qlora_cpu": ("QLoRA", "NF4 with double quantization, bf16; both sides begin with the same adapter."),
-    "finetune_cpu": ("A fine-tune", "SmolLM2 on this repository's prose, both sides from the same data and seed."),
+    "finetune_cpu": (
+        "A fine-tune",
+        "SmolLM2 on this repository's prose, three documents held out; both sides see the same data in one order.",
+    ),
 }
 SHORT = (  # (result, row, figure) of the README
     ("imports", "import beyond torch", "with Llama, s"),
@@ -39,7 +48,11 @@ SHORT = (  # (result, row, figure) of the README
     ("forward", "prefill 512, sdpa", "seconds"),
     ("forward", "greedy decode 128 tokens", "seconds"),
     ("forward", "training step 2 x 256, sdpa", "seconds"),
+    ("training_step_cpu", "small Llama, 4 x 512", "seconds"),
     ("training_step_cpu", "small Llama, 4 x 512", "private memory, MB"),
+    ("training_step_cpu", "growth with larger batches, 1 x 512 to 8 x 512", "MB for a thousand tokens"),
+    ("finetune_cpu", "fine-tune, SmolLM2-135M, 32 steps of 2 x 128", "seconds a step"),
+    ("finetune_cpu", "fine-tune, SmolLM2-135M, 32 steps of 2 x 128", "peak private memory, MB"),
     ("quantization", "NF4", "load, s"),
     ("quantization", "NF4", "forward of 1 tokens, s"),
     ("quantization", "NF4", "forward of 16 tokens, s"),
@@ -74,9 +87,11 @@ def document() -> str:
     for name, (title, what) in COMPACT.items():
         result = _result(name)
         if result is not None:
-            lines += _heading(
-                title, name, result, f"{what} Of each figure the ratio, peer / loadstone, and both sides."
+            absent = "; ".join(f"{side}, {why}" for side, why in result.get("missing", {}).items())
+            what += " Of each figure the ratio, peer / loadstone, and both sides." + f" Not raced: {absent}." * bool(
+                absent
             )
+            lines += _heading(title, name, result, what)
             lines += ["| work | against | ratios |", "|---|---|---|", *(_line(row) for row in result["rows"])]
     return "\n".join([*lines, ""])
 
@@ -153,6 +168,9 @@ def _way(name: str, way: str, rows: dict[str, dict[str, Any]], peers: list[str])
 
 def _line(row: dict[str, Any]) -> str:
     cells = []
+    if "held-out losses" in row:
+        told = ("{} {:.4f}, then {:.4f}".format(side, *losses) for side, losses in row["held-out losses"].items())
+        cells.append(f"held-out loss: {'; '.join(told)}")
     for figure, value in row.items():
         if isinstance(value, dict) and value.get("ratio"):
             low, high = value["spread"]
