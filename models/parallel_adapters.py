@@ -19,13 +19,14 @@ def shard_new_weights(model: nn.Module) -> list[str]:
     ``add_adapter`` does it by itself. Raises ParallelError for a model without a mesh or cut for tensor parallelism,
     and for weights that FSDP cannot share out: of modules without a forward, or copied from shared ones.
     """
+    from ..loading.parallel_added import by_layer, share_added
     from ..loading.parallel_agree import together
     from ..loading.parallel_mesh import Layout
-    from ..loading.parallel_shard import let_go, shard
+    from ..loading.parallel_shard import let_go
     from .parallel import refuse_adapters
 
-    found = (getattr(module, "layout", None) for module in model.modules())
-    layout = next((layout for layout in found if isinstance(layout, Layout)), None)
+    layouts = (getattr(module, "layout", None) for module in model.modules())
+    layout = next((one for one in layouts if isinstance(one, Layout)), None)
     if layout is None:
         raise ParallelError("the model is not spread over a device mesh; load it with from_pretrained(device_mesh=...)")
     with together(layout) as agreement:
@@ -34,10 +35,12 @@ def shard_new_weights(model: nn.Module) -> list[str]:
         assert agreement is not None
         agreement.same(new_weights=[(name, [tuple(p.shape) for p in module.parameters()]) for name, module in new])
         let_go(model)
-        for _, module in new:
-            for parameter in module.parameters():
+        found = dict(new)
+        for place, names in by_layer(model, list(found)):
+            some = [found[name] for name in names]
+            for parameter in (parameter for module in some for parameter in module.parameters()):
                 _alike(parameter.data, layout)
-            shard(module, layout, reshard_after_forward=False)
+            share_added(None if place is None else model.get_submodule(place), some, layout)
     return [f"{name}.{weight}" for name, module in new for weight, _ in module.named_parameters()]
 
 

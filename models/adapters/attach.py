@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ...errors import ArgumentError, ConfigError, ParallelError, nearest
+from ...loading.parallel_added import by_layer, close_doors, share_added
 from ...loading.parallel_agree import together
-from ...loading.parallel_shard import drawn_alike, let_go, shard
+from ...loading.parallel_shard import drawn_alike, let_go
 from ..parallel import refuse_adapters
 from .config import ALL_LINEAR, LoraConfig
 from .layer import LoraLinear, is_adaptable
@@ -50,20 +51,31 @@ def attach(
         refuse_adapters(model.layout)
         let_go(model)
     with drawn_alike(agreement, model.layout):
-        for target in targets:
-            owner, _, attribute = target.rpartition(".")
-            parent = model.get_submodule(owner)
-            layer = getattr(parent, attribute)
-            if not isinstance(layer, LoraLinear):
-                layer = LoraLinear(layer)
-                setattr(parent, attribute, layer)
-            layer.add(name, config)
-            if model.layout is not None:
-                for matrix in (layer.lora_A[name], layer.lora_B[name]):
-                    shard(matrix, model.layout, reshard_after_forward=False)
+        if model.layout is None:
+            _put(model, config, name, targets)
+        else:
+            for place, some in by_layer(model, targets):
+                matrices = _put(model, config, name, some)
+                outer = None if place is None else model.get_submodule(place)
+                share_added(outer, matrices, model.layout, lambda: model.active_adapter == name)
     model.adapters = {**model.adapters, name: config}
     for parameter in model.parameters():
         parameter.requires_grad = False
+
+
+def _put(model: CausalLM, config: LoraConfig, name: str, targets: list[str]) -> list[nn.Module]:
+    """New matrices beside the named layers."""
+    matrices: list[nn.Module] = []
+    for target in targets:
+        owner, _, attribute = target.rpartition(".")
+        parent = model.get_submodule(owner)
+        layer = getattr(parent, attribute)
+        if not isinstance(layer, LoraLinear):
+            layer = LoraLinear(layer)
+            setattr(parent, attribute, layer)
+        layer.add(name, config)
+        matrices += [layer.lora_A[name], layer.lora_B[name]]
+    return matrices
 
 
 def find_targets(model: CausalLM, config: LoraConfig) -> list[str]:
@@ -155,6 +167,7 @@ def delete_adapter(model: CausalLM, name: str) -> None:
     if model.active_adapter == name:
         set_adapter(model, None)
     _unwrap(model, lambda layer: not layer.scaling)
+    close_doors(model)
 
 
 def merge(model: CausalLM) -> None:
@@ -187,6 +200,7 @@ def unmerge(model: CausalLM) -> None:
 def unload(model: CausalLM) -> None:
     """Take all adapters out. What is merged stays in the weights."""
     _unwrap(model, lambda layer: True)
+    close_doors(model)
     model.adapters, model.active_adapter = {}, None
 
 

@@ -10,6 +10,7 @@ import torch
 from parallel import steps
 
 from loadstone import AutoModelForCausalLM, BitsAndBytesConfig, LoraConfig, WeightOnlyConfig, shard_new_weights
+from loadstone.loading.parallel_added import Door
 
 METHODS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -18,6 +19,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
 }
 LORA = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")
+FEW = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "lm_head"])
 
 
 class Case(NamedTuple):
@@ -30,11 +32,17 @@ class Case(NamedTuple):
     steps: int = 10
     checkpointing: bool = False
     used_before: bool = False  # the model has run when the adapter comes
+    few: bool = False  # an adapter of some layers only, and of the head, which is in none of those gathered at once
     save_to: Path | None = None
 
     def __str__(self) -> str:
-        flags = [name for name in ("checkpointing", "used_before") if getattr(self, name)]
+        flags = [name for name in ("checkpointing", "used_before", "few") if getattr(self, name)]
         return "-".join([self.place.name, str(self.method), self.strategy, *map(str, self.sizes), *flags])
+
+
+def doors(model: Any) -> int:
+    """How often the matrices of adapters are gathered in a forward, those in no layer apart."""
+    return sum(isinstance(module, Door) for module in model.modules())
 
 
 def load(place: Path, method: str | None, **options: Any) -> Any:
@@ -79,7 +87,8 @@ def adapted(case: Case, mesh: Any = None, rank: int = 0) -> dict[str, Any]:
         with torch.no_grad():
             told["logits"] = model(steps.tokens(0, 64)).logits
     torch.manual_seed(5 + rank)  # the first rank's draws count
-    model.add_adapter(LORA)
+    model.add_adapter(FEW if case.few else LORA)
+    told["doors"] = [doors(model)]
     if case.checkpointing:
         model.gradient_checkpointing_enable()
     shares = 1
@@ -89,11 +98,15 @@ def adapted(case: Case, mesh: Any = None, rank: int = 0) -> dict[str, Any]:
     if case.save_to is not None:
         model.save_pretrained(case.save_to / "adapter")
         model.add_adapter(LORA, "second")
+        told["doors"].append(doors(model))
         told["second"] = trainable(model)
         model.set_adapter("default")
         told["again"] = trainable(model)
         model.delete_adapter("second")
+        told["doors"].append(doors(model))
+        told["alike"] = model(steps.tokens(0, 64)).logits.detach()
         model.unload()
+        told["doors"].append(doors(model))
         model.save_pretrained(case.save_to / "base", max_shard_size="20KB")
     return told
 
