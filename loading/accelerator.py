@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .files import Files
-from .plan import Move
+from .moves import Move
 from .quantize import make_codes
 from .ring import Ring, slot_size
 from .workers import Watch

@@ -14,7 +14,7 @@ from .header import FileStamp, Header, read_header
 from .workers import join
 
 if TYPE_CHECKING:
-    from .plan import Move
+    from .moves import Move
 
 DOWNLOADS = 4  # at a time: few, so that the first are there soon
 

@@ -14,7 +14,7 @@ from .arena import Populator, allocate
 
 if TYPE_CHECKING:
     from .files import Files
-    from .plan import Move
+    from .moves import Move
     from .stream import Streamed
     from .workers import Watch
 

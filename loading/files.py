@@ -18,7 +18,7 @@ from .header import TensorEntry
 from .reading import AHEAD, Reader, placed
 
 if TYPE_CHECKING:
-    from .plan import Move
+    from .moves import Move
 
 
 class Files:

@@ -15,7 +15,7 @@ import torch
 from .arena import HUGE, PAGE, Populator
 from .files import Files
 from .header import TensorEntry
-from .plan import Move
+from .moves import Move
 from .workers import Watch, cores, run_all, threads_for
 
 # Bytes that a thread fills at a time, in the file or at the destination, whichever is more: what was made zero, or

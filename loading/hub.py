@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from ..errors import GatedError, HubError, NotFoundError, OfflineError, RepoIdError, WriteError
+from ..errors import HubError, NotFoundError, OfflineError
 from .arrivals import Abandoned, Arrivals
 from .glimpse import glimpse
+from .hub_answers import EntryMissing, cache_place, offline_mode, translated, unreachable
 from .proxies import Proxies, through
 from .source import Expected, Source, check_filename, missing_weights
 from .verify import check_hash
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "config.json"
 _COMMIT, _SHORT = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{7,39}")
 _DOWNLOADS = 8
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class HubSource(Source):
         path = self.find(filename)
         if path is None and self._memory.online is False:
             raise OfflineError(
-                f"{filename!r} of {self.describe()} is not in the cache ({_cache_place(self.options)}); "
+                f"{filename!r} of {self.describe()} is not in the cache ({cache_place(self.options)}); "
                 "run once with the network, or copy the repository to a directory and pass that"
             )
         return path if path is not None else super().require(filename)
@@ -143,7 +143,7 @@ class HubSource(Source):
         missing = [name for name, path in found.items() if path is None or not path.is_file()]
         if missing and self._memory.online is False:
             raise OfflineError(
-                f"{len(missing)} file(s) of {self.describe()} are not in the cache ({_cache_place(self.options)}): "
+                f"{len(missing)} file(s) of {self.describe()} are not in the cache ({cache_place(self.options)}): "
                 f"{', '.join(map(repr, missing[:8]))}; run once with the network"
             )
         if missing:
@@ -237,7 +237,7 @@ class HubSource(Source):
     def _why_offline(self) -> str:
         if self.options.local_files_only:
             return "may not be asked (local_files_only=True)"
-        return "may not be asked (HF_HUB_OFFLINE is set)" if _offline_mode() else "cannot be reached"
+        return "may not be asked (HF_HUB_OFFLINE is set)" if offline_mode() else "cannot be reached"
 
 
 def _watched(watch: Callable[[], None] | None) -> dict[str, Any]:
@@ -261,19 +261,11 @@ def _watched(watch: Callable[[], None] | None) -> dict[str, Any]:
     return {"tqdm_class": Watched}
 
 
-class EntryMissing(Exception):
-    """The repository has no such file at this revision; ``commit`` if the answer told it."""
-
-    def __init__(self, commit: str | None) -> None:
-        super().__init__(commit)
-        self.commit = commit
-
-
 def open_repository(repo_id: str, revision: str | None, options: HubOptions) -> HubSource:
     """The HubSource of ``revision`` (default: main), resolved to its commit once, with the first file fetched."""
     revision = "main" if revision is None else revision
     _check_revision(repo_id, revision)
-    closed = options.local_files_only or _offline_mode()
+    closed = options.local_files_only or offline_mode()
     if options.force_download and closed:
         raise OfflineError(
             f"force_download=True needs the Hub, which may not be asked for {repo_id!r} "
@@ -332,7 +324,7 @@ def _cached_commit(repo_id: str, revision: str, options: HubOptions) -> str:
         reason = "local_files_only=True" if options.local_files_only else "HF_HUB_OFFLINE is set"
         raise OfflineError(
             f"there is no directory {repo_id!r}, and revision {revision!r} of a Hub repository of that name is not in "
-            f"the cache ({_cache_place(options)}); the Hub may not be asked ({reason})"
+            f"the cache ({cache_place(options)}); the Hub may not be asked ({reason})"
         ) from error
     if not _COMMIT.fullmatch(commit):
         raise HubError(f"the cache's reference of {repo_id!r} at {revision!r} is damaged: {str(folder)!r}; remove it")
@@ -364,107 +356,7 @@ def _answers(repo_id: str, options: HubOptions, filename: str, commit: str) -> b
         with through(options.proxies):
             get_hf_file_metadata(hf_hub_url(repo_id, options.inside(filename), revision=commit), token=options.token)
     except Exception as error:
-        if _unreachable(error):
+        if unreachable(error):
             logger.warning("The Hub cannot be reached; only cached files of %r are used.", repo_id)
             return False
     return True
-
-
-def translated(call: Callable[[], _T], what: str, options: HubOptions) -> _T:
-    """``call()``, its failures told as loadstone's errors; EntryMissing if the file is not in the repository."""
-    try:
-        with through(options.proxies):
-            return call()
-    except Exception as error:
-        mapped = _translate(error, what, options)
-        if mapped is None:
-            raise
-        raise mapped from error
-
-
-def _translate(error: Exception, what: str, options: HubOptions) -> Exception | None:
-    from huggingface_hub import errors as hub
-
-    cause = error.__cause__ if isinstance(error, hub.LocalEntryNotFoundError) else None
-    status = _status(error) or _status(cause)
-    said = _said(cause or error, options)
-    if status in (401, 403) and not isinstance(error, hub.RepositoryNotFoundError):
-        return GatedError(f"{what}: the Hub refused access; check the token ({said})")
-    if isinstance(error, hub.HFValidationError):
-        return RepoIdError(f"{what}: not a well-formed repository id; {said}")
-    if isinstance(error, hub.LocalEntryNotFoundError):
-        if _offline_mode() or options.local_files_only:
-            return OfflineError(f"{what} is not in the cache ({_cache_place(options)}), and the Hub may not be asked")
-        return OfflineError(
-            f"{what} is not in the cache ({_cache_place(options)}), and the Hub did not answer as it should: "
-            f"{said}; check the network and HF_ENDPOINT, then try again"
-        )
-    if isinstance(error, hub.EntryNotFoundError):
-        return EntryMissing(_header(error, "X-Repo-Commit"))
-    if isinstance(error, hub.GatedRepoError):
-        return GatedError(f"{what}: access is gated; ask for it on its Hub page, then pass token= or log in ({said})")
-    if isinstance(error, hub.RevisionNotFoundError):
-        return NotFoundError(f"{what}: there is no such branch, tag or commit ({said})")
-    if isinstance(error, hub.RepositoryNotFoundError):
-        return NotFoundError(
-            f"{what}: neither a directory nor a Hub repository of that name exists, or it is private and needs "
-            f"token= ({said})"
-        )
-    if _unreachable(error):
-        return OfflineError(f"{what}: the Hub cannot be reached ({said}); check the network and HF_ENDPOINT")
-    if isinstance(error, OSError) and error.errno:
-        return WriteError.of(error, f"{what} cannot be put into the cache ({_cache_place(options)})")
-    if isinstance(error, (OSError, ValueError, _transport_error())):
-        return HubError(f"{what}: the transfer failed ({said})")
-    if type(error) is RuntimeError and isinstance(
-        error.__cause__, Exception
-    ):  # of an upload, with the reason behind it
-        mapped = _translate(error.__cause__, what, options)
-        return HubError(f"{what}: the upload failed ({said})") if isinstance(mapped, EntryMissing) else mapped
-    return None
-
-
-def _unreachable(error: BaseException) -> bool:
-    """No connection, a timeout, offline mode, or a Hub that answers 5xx or 429."""
-    status = _status(error)
-    names = {kind.__name__ for kind in type(error).__mro__}  # of requests or httpx: versions of huggingface_hub differ
-    return status == 429 or status >= 500 or bool(names & {"ConnectionError", "Timeout", "TransportError"})
-
-
-def _status(error: BaseException | None) -> int:
-    """The HTTP status an error carries; 0 if none."""
-    return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)
-
-
-def _transport_error() -> type[BaseException]:
-    """The base of the HTTP library's errors, whichever this version of huggingface_hub uses."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    bases = [kind for kind in reversed(HfHubHTTPError.__mro__) if kind.__name__ in ("HTTPError", "RequestException")]
-    return bases[0] if bases else HfHubHTTPError
-
-
-def _said(error: BaseException, options: HubOptions) -> str:
-    """The first line of an error's text, without the token."""
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    if isinstance(options.token, str) and options.token:
-        text = text.replace(options.token, "***")
-    return text
-
-
-def _header(error: Any, name: str) -> str | None:
-    headers = getattr(getattr(error, "response", None), "headers", None) or {}
-    return headers.get(name)
-
-
-def _offline_mode() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
-def _cache_place(options: HubOptions) -> str:
-    from huggingface_hub import constants
-
-    return str(options.cache_dir or constants.HF_HUB_CACHE)

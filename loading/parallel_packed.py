@@ -18,9 +18,10 @@ from torch import nn
 from ..errors import ParallelError
 from ..quant.packed import PackedLinear
 from ..quant.shares import as_floats, share_out
+from .moves import Move, Packing
 from .parallel_mesh import Layout
 from .parallel_slices import chunk, part_of
-from .plan import Move, Packing, Plan
+from .plan import Plan
 
 if TYPE_CHECKING:
     from ..quant.shares import Part, Share

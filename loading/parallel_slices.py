@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .header import TensorEntry
+from .moves import Move
 from .parallel_mesh import Layout
-from .plan import Move, Plan
+from .plan import Plan
 from .values import Values
 
 if TYPE_CHECKING:

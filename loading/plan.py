@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,64 +24,13 @@ from .checkpoint import Checkpoint
 from .device_map import DeviceMap, place
 from .header import TensorEntry
 from .keys import match_keys
+from .moves import Mismatch, Move, Packing
 from .placement import CPU, DISK, Place, Placement
 from .tree import Slot, Tree, survey
-
-if TYPE_CHECKING:
-    from ..quant import Recipe
 
 _SHOWN = 40
 _MOST_MISSING = 10  # weights for each that is there: beyond that it is no checkpoint of this model
 _RECOMPUTED = ("rotary_emb.inv_freq", "position_ids")  # what older checkpoints hold of buffers that models recompute
-
-
-class Packing(NamedTuple):
-    """What becomes of a floating-point tensor that is quantized: ``makes`` maps the packed layer's attributes to names
-    of weights, ``nbytes`` is what they take together."""
-
-    recipe: Recipe
-    makes: dict[str, str]
-    nbytes: int
-
-
-class Move(NamedTuple):
-    """One tensor's way from a file to the model.
-
-    ``transform``: ``"map"`` (its bytes are mapped privately, nothing is read), ``"cast"`` (to ``dtype``), ``"copy"``
-    (same dtype, but to another device, or not aligned in the file), ``"quantize"`` (it becomes the tensors of
-    ``packing``), ``"disk"`` (mapped in the file's own dtype, and cast when used if ``dtype`` is another) or ``"none"``
-    (stays on meta).
-    """
-
-    target: str
-    entry: TensorEntry
-    device: torch.device
-    dtype: torch.dtype
-    transform: str
-    packing: Packing | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes at the destination."""
-        if self.packing is not None:
-            return self.packing.nbytes
-        if self.transform == "disk":
-            return self.entry.nbytes
-        return self.entry.nbytes // self.entry.dtype.itemsize * self.dtype.itemsize
-
-
-class Mismatch(NamedTuple):
-    """A checkpoint tensor whose shape is not the model's."""
-
-    name: str
-    file: Path
-    checkpoint_shape: tuple[int, ...]
-    model_shape: tuple[int, ...]
-    key: str
-
-    def __str__(self) -> str:
-        tensor = f"tensor {self.key!r}" + (f" (the model's {self.name!r})" if self.key != self.name else "")
-        return f"{tensor} in {self.file.name} has shape {self.checkpoint_shape}, the model expects {self.model_shape}"
 
 
 @dataclass(frozen=True, eq=False)

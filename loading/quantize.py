@@ -16,7 +16,8 @@ from .arena import Populator, allocate
 from .checkpoint import Checkpoint
 from .files import Files
 from .header import TensorEntry
-from .plan import Move, Plan
+from .moves import Move
+from .plan import Plan
 from .tree import Tree
 from .workers import Watch, run_all, threads_for
 

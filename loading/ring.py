@@ -16,7 +16,7 @@ import torch
 
 from .arena import PAGE
 from .files import Files
-from .plan import Move
+from .moves import Move
 from .quantize import make_codes
 from .reading import placed
 from .workers import Watch, cores, join

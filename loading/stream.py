@@ -14,7 +14,8 @@ from .checkpoint import Checkpoint
 from .files import Files
 from .filesystem import far_file_system, free_memory
 from .fill import PIECE, fill
-from .plan import Move, Plan
+from .moves import Move
+from .plan import Plan
 from .workers import Watch
 
 logger = logging.getLogger("loadstone.loading")

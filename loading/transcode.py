@@ -18,7 +18,8 @@ from ..errors import CheckpointError, IntegrityError, MissingWeightsError, PathE
 from .atomic import Contents, replace_contents
 from .checkpoint import Checkpoint
 from .files import Files
-from .plan import Move, Plan
+from .moves import Move
+from .plan import Plan
 from .quantize import make_codes
 from .save import CONFIG_NAME, WeightNames, index_text, parse_size, plan_shards, write_texts
 from .source import check_filename

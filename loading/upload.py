@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PathError
-from .hub import EntryMissing, HubOptions, translated
+from .hub import HubOptions
+from .hub_answers import EntryMissing, translated
 from .save import WeightNames
 from .source import check_repo_id
 
