@@ -163,9 +163,10 @@ class Kernels:
         name = self.name_of(operation)
         if name != "auto":
             return name
-        if operation in _TRITON_HOMES and support.prefers(torch.device(device)):
+        place = device if isinstance(device, torch.device) else torch.device(device)
+        if operation in _TRITON_HOMES and support.prefers(place):
             return "triton"
-        runs = "native" in _TABLE[operation] and _why_not_native(torch.device(device)) is None
+        runs = "native" in _TABLE[operation] and _why_not_native(place) is None
         return "native" if runs else "torch"
 
 

@@ -113,7 +113,7 @@ class Linear4bit(PackedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features); gradients reach the input and the bias."""
-        x = input if self.compute_dtype is None else input.to(self.compute_dtype)
+        x = input if self.compute_dtype in (None, input.dtype) else input.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         shape = (self.out_features, self.in_features)
         packed = packed_bytes(self.weight, shape)
@@ -121,7 +121,7 @@ class Linear4bit(PackedLinear):
         out = linear_4bit(
             x, packed, absmax, self.quant_map, self.blocksize, shape, bias, nested=nested, kernels=self.kernels
         )
-        return out.to(input.dtype)
+        return out if out.dtype == input.dtype else out.to(input.dtype)
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """(out_features, in_features), in ``dtype`` or that of the tensor which was quantized."""
