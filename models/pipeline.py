@@ -80,7 +80,11 @@ def take_stage(model: CausalLM, layout: Layout) -> str | None:
     if not isinstance(decoder, Decoder):
         raise ParallelError(f"{type(decoder).__name__} is no Decoder, so a pipeline cannot tell its layers")
     layers: Any = getattr(decoder, decoder.layers_name)
-    mine, last = layers_of(len(layers), layout)[layout.stage], layout.stage == layout.stages - 1
+    mine, first, last = (
+        layers_of(len(layers), layout)[layout.stage],
+        layout.stage == 0,
+        layout.stage == layout.stages - 1,
+    )
     shared, before = _shared(model, decoder), _before(model, decoder)
     absent: list[str] = []
 
@@ -91,15 +95,16 @@ def take_stage(model: CausalLM, layout: Layout) -> str | None:
     for number in range(len(layers)):
         if number not in mine:
             drop(layers, str(number), PassedOn())
-    if layout.stage > 0:
+    if not first:
         for name in before:
             if not (last and shared == f"{model.base_model_prefix}.{name}.weight"):
                 drop(decoder, name, Elsewhere(name))
         decoder.embed = partial(_embed_nothing, decoder)  # type: ignore[method-assign]
     if not last:
         drop(decoder, decoder.norm_name, nn.Identity())
-        drop(model, "lm_head", Elsewhere("lm_head"))
-        model.active_ties = dict  # type: ignore[method-assign]
+        if not (first and shared):  # both ends have both names of a tied weight: files may hold it under either
+            drop(model, "lm_head", Elsewhere("lm_head"))
+            model.active_ties = dict  # type: ignore[method-assign]
     if absent:
         others = "|".join(map(re.escape, absent))
         known = type(model)._keys_to_ignore_on_load_unexpected

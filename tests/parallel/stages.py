@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import tiny
 import torch
 import torch.distributed as dist
+from examples.script import load
 from parallel import steps
+from safetensors.torch import load_file, save_file
 
 from loadstone import AutoModelForCausalLM, ParallelConfig
 
@@ -27,6 +29,7 @@ class Case(NamedTuple):
     steps: int = steps.STEPS
     layers: tuple[int, ...] | None = None
     skip_logits: bool = True
+    checkpointing: bool = False
     save_to: Path | None = None
 
     def __str__(self) -> str:
@@ -34,11 +37,21 @@ class Case(NamedTuple):
 
 
 def checkpoints(directory: Path) -> dict[str, Path]:
-    """Four layers of each architecture, and a Llama whose head is tied."""
+    """Four layers of each architecture, Llamas whose head is tied, under either name, and a class from outside."""
     for kind in tiny.KINDS:
         tiny.checkpoint(directory / kind, kind, **steps.OVERRIDES[kind], **{LAYERS[kind]: 4})
     tiny.checkpoint(directory / "tied", "llama", **steps.SIZES, num_hidden_layers=4, tie_word_embeddings=True)
-    return {name: directory / name for name in (*tiny.KINDS, "tied")}
+    tiny.checkpoint(directory / "headed", "llama", **steps.SIZES, num_hidden_layers=4, tie_word_embeddings=True)
+    file = directory / "headed" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, file)
+    sizes = tiny.values("llama", **steps.SIZES, num_hidden_layers=4)
+    config = load("custom_architecture").Qwen2Config.from_dict({**sizes, "model_type": "qwen2"})
+    outside = AutoModelForCausalLM.from_config(config)
+    tiny.randomize(outside)
+    outside.save_pretrained(directory / "qwen2")
+    return {name: directory / name for name in (*tiny.KINDS, "tied", "headed", "qwen2")}
 
 
 def mesh(strategy: str, sizes: tuple[int, ...]) -> Any:
@@ -68,6 +81,8 @@ def trained(rank: int, cases: list[Case]) -> list[dict[str, Any]]:
 
 
 def one(case: Case) -> dict[str, Any]:
+    if case.kind == "qwen2":
+        load("custom_architecture")
     spread = mesh(case.strategy, case.sizes)
     parallel = ParallelConfig(layers_per_stage=case.layers)
     model = AutoModelForCausalLM.from_pretrained(case.place, device_mesh=spread, parallel=parallel)
@@ -77,6 +92,8 @@ def one(case: Case) -> dict[str, Any]:
         "fits": model.load_report.fits,
     }
     model.train()
+    if case.checkpointing:
+        model.gradient_checkpointing_enable()
     shares, share = 1, 0
     for dim, name in enumerate(NAMES[case.strategy]):
         if name not in ("pp", "tp"):
@@ -144,21 +161,21 @@ def padding() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def refused(rank: int, places: dict[str, Path], spread: Any) -> dict[str, str]:
-    def load(kind: str = "llama", **options: Any) -> Any:
+    def attempt_at(kind: str = "llama", **options: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(places[kind], device_mesh=spread, **options)
 
     from torch.distributed.device_mesh import init_device_mesh
 
-    model = load()
+    model = attempt_at()
     last = init_device_mesh("cpu", (1, 2), mesh_dim_names=("fsdp", "pp"))
     attempts = {
         "generate": lambda: model.generate(torch.ones(1, 2, dtype=torch.long)),
         "labels": lambda: model(torch.ones(1, 2, dtype=torch.long), labels=None),
-        "layers": lambda: load(parallel=ParallelConfig(layers_per_stage=[1, 2])),
+        "layers": lambda: attempt_at(parallel=ParallelConfig(layers_per_stage=[1, 2])),
         "order": lambda: AutoModelForCausalLM.from_pretrained(places["llama"], device_mesh=last),
         "without pp": lambda: AutoModelForCausalLM.from_pretrained(places["llama"]).pipeline_stage(),
-        "too few": lambda: load(num_hidden_layers=1, ignore_mismatched_sizes=True),
-        "apart": lambda: load(parallel=ParallelConfig(layers_per_stage=[1 + rank, 3 - rank])),
+        "too few": lambda: attempt_at(num_hidden_layers=1, ignore_mismatched_sizes=True),
+        "apart": lambda: attempt_at(parallel=ParallelConfig(layers_per_stage=[1 + rank, 3 - rank])),
         "other mesh": lambda: AutoModelForCausalLM.from_pretrained(
             places["llama"], device_mesh=steps.mesh("fsdp", (2,)), parallel=ParallelConfig(layers_per_stage=[2, 2])
         ),

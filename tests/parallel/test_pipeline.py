@@ -55,7 +55,9 @@ def test_two_stages_train_as_one(places: dict[str, Path], tmp_path: Path) -> Non
     cases += [
         Case(kind, places[place], (2,), schedule="GPipe") for kind, place in (("mistral",) * 2, ("llama", "tied"))
     ]
-    cases += [Case("gpt2", places["gpt2"], (2,), steps=3, layers=(1, 3), skip_logits=False)]
+    cases += [Case("gpt2", places["gpt2"], (2,), steps=2, layers=(1, 3), skip_logits=False)]
+    cases += [Case("gpt2", places["gpt2"], (2,), steps=2, checkpointing=True)]
+    cases += [Case(kind, places[place], (2,), steps=2) for kind, place in (("llama", "headed"), ("qwen2", "qwen2"))]
     told = ranks.results(stages.trained, 2, cases)
     for number, case in enumerate(cases):
         found = [rank[number] for rank in told]
