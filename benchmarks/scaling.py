@@ -24,7 +24,7 @@ from . import harness, paper
 SHAPE = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8,
          "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}  # fmt: skip
 BATCH, LENGTH, STEPS, LOADS = 4, 128, 8, 4
-STRATEGIES = ("fsdp", "tp", "pp")
+STRATEGIES = ("fsdp", "tp", "pp", "fsdp, NF4 and LoRA")
 DOCUMENT = harness.ROOT / "docs" / "scaling.md"
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 
@@ -35,18 +35,26 @@ def measure(side: str, work: dict[str, Any]) -> dict[str, float]:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    from loadstone import AutoModelForCausalLM
+    from loadstone import AutoModelForCausalLM, BitsAndBytesConfig, LoraConfig
 
     rank, count, strategy, place = int(side), work["processes"], work["strategy"], work["place"]
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{place}/store-{strategy}-{count}", count)
+    store = dist.FileStore(f"{place}/store-{STRATEGIES.index(strategy)}-{count}", count)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
-    mesh = init_device_mesh("cpu", (count,), mesh_dim_names=(strategy,))
+    options: dict[str, Any] = {
+        "device_mesh": init_device_mesh("cpu", (count,), mesh_dim_names=(strategy.split(",")[0],))
+    }
+    if "NF4" in strategy:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
     loads = []
     for _ in range(LOADS):
         dist.barrier()
-        took, model = harness.timed(lambda: AutoModelForCausalLM.from_pretrained(place, device_mesh=mesh))
+        took, model = harness.timed(lambda: AutoModelForCausalLM.from_pretrained(place, **options))
         loads.append(took)
+    if "LoRA" in strategy:
+        model.add_adapter(LoraConfig(r=8, target_modules="all-linear"))
     step = _step(model.train(), strategy, rank, count)
     seconds = []
     for _ in range(STEPS):
@@ -80,7 +88,7 @@ def _step(model: Any, strategy: str, rank: int, count: int) -> Any:
         if strategy == "pp":
             schedule.step(*((batch,) if stage.is_first else ()), **({"target": batch} if stage.is_last else {}))
         else:
-            mine = batch.chunk(count)[rank] if strategy == "fsdp" else batch
+            mine = batch.chunk(count)[rank] if strategy.startswith("fsdp") else batch
             model(mine, labels=mine, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -739,7 +739,7 @@ def test_the_document_of_scaling_shows_the_model_and_what_was_measured() -> None
     assert module("paper").table() in document
     rows = json.loads((ROOT / "benchmarks" / "results" / "scaling_cpu.json").read_text())["rows"]
     assert {(row["strategy"], row["processes"]) for row in rows} == {
-        (strategy, count) for strategy in ("fsdp", "tp", "pp") for count in (1, 2, 4)
+        (strategy, count) for strategy in scaling.STRATEGIES for count in (1, 2, 4)
     }
     assert scaling.updated(document, rows) == document
 
