@@ -139,9 +139,7 @@ def takes_rows(rows: int, dtype: torch.dtype, blocksize: int, width: int) -> boo
 
 def most_rows(dtype: torch.dtype) -> int:
     """Rows beyond which it is faster to decode the weight and multiply as always."""
-    if level() == "avx2":
-        return 64
-    return 128 if dtype == torch.bfloat16 and level() == "avx512bf16" else 16
+    return 128 if dtype == torch.bfloat16 and level() == "avx512bf16" else 32
 
 
 def decode_4bit(code: Tensor, out: Tensor, packed: Tensor, absmax: Tensor, blocksize: int) -> None:
