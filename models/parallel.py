@@ -153,6 +153,7 @@ def _download(name: Any, kwargs: dict[str, Any]) -> str | None:
     from ..loading.checkpoint import open_checkpoint
     from ..loading.gguf import gguf_headers
     from ..loading.source import HUB_ARGUMENTS
+    from .adapters.source import AdaptedSource
     from .origin import Origin
 
     origin = Origin(*(kwargs.get(name) for name in Origin._fields))
@@ -163,6 +164,11 @@ def _download(name: Any, kwargs: dict[str, Any]) -> str | None:
         gguf_headers(source, origin.gguf_file)  # which brings all files of one in parts
     elif origin.state_dict is None:
         open_checkpoint(source, variant=origin.variant, use_safetensors=origin.use_safetensors)
+    if isinstance(source, AdaptedSource):
+        from .adapters.files import WEIGHTS
+
+        source.adapter.find(WEIGHTS)
+        return source.adapter.commit  # what revision= means
     return source.commit
 
 

@@ -174,7 +174,7 @@ def killed_before_loading(rank: int, place: Path) -> None:
 # The Hub
 
 
-def downloaded(rank: int, url: str, cache: Path, revision: str | None) -> Any:
+def downloaded(rank: int, url: str, cache: Path, revision: str | None, name: str = "org/model") -> Any:
     from huggingface_hub import constants, hf_api
 
     constants.ENDPOINT = url
@@ -184,5 +184,5 @@ def downloaded(rank: int, url: str, cache: Path, revision: str | None) -> Any:
     constants.HF_HUB_OFFLINE = False  # other tests of this session may have asked for it
     options = {} if revision is None else {"revision": revision}
     mesh = steps.mesh("fsdp", (2,))
-    model = AutoModelForCausalLM.from_pretrained("org/model", device_mesh=mesh, cache_dir=cache, **options)
+    model = AutoModelForCausalLM.from_pretrained(name, device_mesh=mesh, cache_dir=cache, **options)
     return model.config._commit_hash, steps.whole_weights(model)

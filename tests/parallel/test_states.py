@@ -11,6 +11,8 @@ import torch
 from parallel import moments, ranks, steps
 from safetensors.torch import load_file, save_file
 
+from loadstone import AutoModelForCausalLM, LoraConfig
+
 
 def test_mixed_precision_compilers_missing_weights_and_other_sources(places: dict[str, Path], tmp_path: Path) -> None:
     headless, pickled = tmp_path / "headless", tmp_path / "pickled"
@@ -70,6 +72,19 @@ def test_one_rank_of_a_node_downloads(tmp_path: Path, places: dict[str, Path]) -
         got = [request.path for request in hub.requests if request.method == "GET" and "resolve" in request.path]
         assert sorted(got) == sorted(set(got))
         assert len([path for path in got if path.endswith("model.safetensors")]) == 1
+        adapted = AutoModelForCausalLM.from_pretrained(places["llama"])
+        adapted.add_adapter(LoraConfig(target_modules=["q_proj"], base_model_name_or_path="org/model"))
+        tiny.randomize(adapted)
+        adapted.save_adapter(tmp_path / "adapter")
+        hub.repo("org/adapter", {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()})
+        asked = len(hub.requests)
+        for told in ranks.results(moments.downloaded, 2, hub.url, tmp_path / "of adapter", None, "org/adapter"):
+            assert told[0] == commit
+            matrices = {name: value for name, value in told[1].items() if "lora" in name}
+            assert len(matrices) == 4
+            assert all(torch.equal(adapted.get_parameter(name), value) for name, value in matrices.items())
+        got = [request.path for request in hub.requests[asked:] if request.method == "GET"]
+        assert len([path for path in got if path.endswith("adapter_model.safetensors")]) == 1
         failed: list[Any] = ranks.run(moments.downloaded, 2, hub.url, tmp_path / "other", "no-such-branch")
         assert failed[0].startswith("NotFoundError")
         assert failed[1].startswith("ParallelError")
