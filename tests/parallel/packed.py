@@ -142,7 +142,10 @@ def with_peft(rank: int, place: Path, to: Path) -> dict[str, Any]:
         told["alone"] = type(error).__name__, str(error)
     told["new"] = shard_new_weights(wrapped)
     told["begun"] = trainable(wrapped)
-    return {**told, **train(wrapped, 10, 2, rank), "nothing new": shard_new_weights(wrapped)}
+    told.update(train(wrapped, 10, 2, rank))
+    if rank == 0:
+        wrapped.save_pretrained(to / "by peft", state_dict=told["weights"])
+    return {**told, "nothing new": shard_new_weights(wrapped)}
 
 
 def peft_alone(place: Path, begun: dict[str, torch.Tensor]) -> dict[str, Any]:

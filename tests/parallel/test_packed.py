@@ -164,6 +164,10 @@ def test_peft_trains_as_one_process(places: dict[str, Path], tmp_path: Path) -> 
                 assert torch.allclose(rank[what][name], value, atol=TOLERANCE), f"{what} of {name}"
     losses = torch.tensor([rank["losses"] for rank in told]).mean(0)
     assert torch.allclose(losses, torch.tensor(expected["losses"]), atol=TOLERANCE)
+    model = packed.load(places["llama"], "nf4")
+    model.load_adapter(tmp_path / "by peft", is_trainable=True)
+    for name, value in packed.trainable(model).items():
+        assert torch.equal(value, told[0]["weights"][f"base_model.model.{name}"])
 
 
 SAYS = {
