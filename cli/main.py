@@ -24,6 +24,7 @@ BENCHMARKS = (
     "quantization",
     "qlora",
     "finetune",
+    "scaling",
     "forward",
     "loading",
     "loading-paths",
