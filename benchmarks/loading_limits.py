@@ -48,11 +48,7 @@ def drop_cache(files: Sequence[Path]) -> None:
 
 
 def warm_cache(files: Sequence[Path]) -> None:
-    """The files are in the page cache, brought there by one plain read.
-
-    Pages that came otherwise are of other sizes, and what it costs to map them differs tenfold.
-    """
-    drop_cache(files)
+    """The files are in the page cache; what is there stays, for pages of other sizes cost ten times as much to map."""
     buffer = bytearray(8 << 20)
     for file in files:
         with open(file, "rb", buffering=0) as raw:
