@@ -3,7 +3,7 @@
 A weight is a distributed tensor, so that optimizers, norms of gradients and checkpoints see the whole. While its
 module runs, the attribute is this rank's part of it, a plain tensor: every kernel works as it does on one device, and
 the gradient comes back as a distributed one. Activations between modules are whole and alike on all ranks.
-Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3 (the pair of conjugate operators f and g).
+Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3.
 """
 
 from __future__ import annotations
@@ -14,63 +14,16 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import ParallelError
 from ..kernels.vocab_parallel import vocab_parallel_cross_entropy
 from ..quant.packed import holds_in_out
+from .collectives import Copy, Gather, Sum
 from .parallel_heads import KeyHeads
 from .parallel_plan import Style
 
 Forward = Callable[..., Any]
-
-
-class _Copy(torch.autograd.Function):
-    """What every rank has, used by each for its own part: gradients are summed."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return states.view_as(states)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.group), None
-
-
-class _Sum(torch.autograd.Function):
-    """The ranks' results summed: each gets the whole gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, group: Any) -> Tensor:
-        return _summed(states, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _Gather(torch.autograd.Function):
-    """The ranks' parts of the last dimension, side by side: each gets the gradient of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, group: Any) -> Tensor:
-        ctx.group, ctx.width = group, states.shape[-1]
-        states = states.contiguous()
-        parts = [torch.empty_like(states) for _ in range(group.size())]
-        dist.all_gather(parts, states, group=group)
-        return torch.cat(parts, dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.narrow(-1, ctx.group.rank() * ctx.width, ctx.width).contiguous(), None
-
-
-def _summed(states: Tensor, group: Any) -> Tensor:
-    total = states.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total
 
 
 def parallelize_forwards(
@@ -139,7 +92,7 @@ def _shared_input(name: str, plain: Forward, group: Any) -> Forward:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not args:
             raise ParallelError(f"{name} has the style shared_input: its first input must be given by position")
-        return plain(_Copy.apply(args[0], group), *args[1:], **kwargs)
+        return plain(Copy.apply(args[0], group), *args[1:], **kwargs)
 
     return forward
 
@@ -151,13 +104,13 @@ def _colwise(module: nn.Module, plain: Forward, group: Any, style: Style, copied
             side_by_side = (1, 2) if holds_in_out(module) else (0, 1)
             parts["weight"] = parts["weight"].flatten(*side_by_side)
             if parts.get("bias") is not None:
-                shares = _Copy.apply(parts["bias"], group).view(style.parts, group.size(), -1)
+                shares = Copy.apply(parts["bias"], group).view(style.parts, group.size(), -1)
                 parts["bias"] = shares[:, group.rank()].reshape(-1)
         if not copied:
-            hidden_states = _Copy.apply(hidden_states, group)
+            hidden_states = Copy.apply(hidden_states, group)
         with _attributes(module, **parts):
             output = plain(hidden_states)
-        return _Gather.apply(output, group) if style.name == "colwise_gather_output" else output
+        return Gather.apply(output, group) if style.name == "colwise_gather_output" else output
 
     return forward
 
@@ -173,7 +126,7 @@ def _head_loss(head: nn.Module, group: Any, hidden_states: Tensor, labels: Tenso
     """The loss of a head whose rows are shared out, without its logits."""
     weight = local_part(head, "weight")
     assert weight is not None
-    return vocab_parallel_cross_entropy(_Copy.apply(hidden_states, group), weight, labels, group=group, **options)
+    return vocab_parallel_cross_entropy(Copy.apply(hidden_states, group), weight, labels, group=group, **options)
 
 
 def _rowwise(module: nn.Module, plain: Forward, group: Any) -> Forward:
@@ -181,7 +134,7 @@ def _rowwise(module: nn.Module, plain: Forward, group: Any) -> Forward:
         parts = _locals(module)
         bias = parts.get("bias")
         with _attributes(module, **{**parts, "bias": None}):
-            output = _Sum.apply(plain(hidden_states), group)
+            output = Sum.apply(plain(hidden_states), group)
         return output if bias is None else output + bias
 
     return forward
@@ -199,6 +152,6 @@ def _embedding(module: nn.Module, plain: Forward, group: Any) -> Forward:
         here = None if padding is None or not first <= padding < first + rows else padding - first
         with _attributes(module, weight=weight, padding_idx=here):
             output = plain((ids - first).masked_fill(elsewhere, 0))
-        return _Sum.apply(output.masked_fill(elsewhere[..., None], 0), group)
+        return Sum.apply(output.masked_fill(elsewhere[..., None], 0), group)
 
     return forward

@@ -11,11 +11,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ParallelError
+from .collectives import Copy, Gather
 
 
 class KeyHeads(NamedTuple):
@@ -28,29 +28,11 @@ class KeyHeads(NamedTuple):
 
     def gather(self, states: Tensor) -> Tensor:
         """(batch, seq, this rank's rows) → (batch, seq, heads * width)."""
-        found: Tensor = _GatherHeads.apply(states, self.group)
+        found: Tensor = Copy.apply(Gather.apply(states, self.group), self.group)
         if self.chosen is None:
             return found
         heads = found.unflatten(-1, (-1, self.width))
         return heads[..., list(self.chosen), :].flatten(-2)
-
-
-class _GatherHeads(torch.autograd.Function):
-    """The ranks' parts of the last dimension, side by side, which each uses for itself: gradients are summed."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, group: Any) -> Tensor:
-        ctx.group, ctx.rows = group, states.shape[-1]
-        states = states.contiguous()
-        parts = [torch.empty_like(states) for _ in range(group.size())]
-        dist.all_gather(parts, states, group=group)
-        return torch.cat(parts, dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total.narrow(-1, ctx.group.rank() * ctx.rows, ctx.rows).contiguous(), None
 
 
 def check_heads(config: Any, size: int, gathers: bool) -> None:

@@ -50,7 +50,7 @@ def test_every_query_head_finds_its_key_head(keys: int, sharing: int, size: int)
                 together = found.group.size()
                 first = rank // together * together
                 gathered = whole[first * rows : (first + together) * rows]
-                patch.setattr(parallel_heads._GatherHeads, "apply", lambda states, group, all_=gathered: all_)
+                patch.setattr(parallel_heads.Gather, "apply", lambda states, group, all_=gathered: all_)
                 here = found.gather(whole[rank * rows : (rank + 1) * rows])
             heads = (here.view(-1, width)[:, 0] // width).tolist()
             assert mine % len(heads) == 0
