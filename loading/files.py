@@ -144,8 +144,6 @@ class Files:
 
     def ahead(self, entry: TensorEntry, begin: int = 0) -> None:
         """Ask the disk for what follows element ``begin`` of a tensor, in this file."""
-        if self.direct:  # it need not come there
-            return
         start = entry.offset + begin * entry.dtype.itemsize
         self.reader.ahead(entry.file, start, min(start + AHEAD, self._stamps[entry.file].size))
 

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ AHEAD = 64 << 20  # bytes in front of the reader that the disk is asked for
 _STRIDE = 8 << 20  # bytes it is asked for at a time
 _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
+_CACHESTAT = 451  # the number of that system call, on every processor
 DIRECT_LEAST = 1 << 20  # bytes from which on a read past the page cache is worth its two ends
 _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP, errno.EFAULT)  # the last: memory that a disk cannot write into
 
@@ -108,8 +110,8 @@ class Reader:
 
     def ahead(self, file: Path, begin: int, end: int) -> None:
         """Tell the system that ``begin`` to ``end`` is needed soon; only what is not in memory costs anything."""
-        if not hasattr(os, "posix_fadvise"):
-            return
+        if not hasattr(os, "posix_fadvise") or (self.direct and file not in self._refused):
+            return  # in the latter case it need not come into the page cache
         start = max(begin, self._asked.get(file, 0))
         if start >= end:
             return
@@ -192,13 +194,10 @@ def _resident(descriptor: int, begin: int) -> bool:
     By ``cachestat`` (Linux 6.5, of files that this user may write), else by a read that must not wait. Such a read may
     bring in what lies around the byte.
     """
-    global _cachestat
-    if _cachestat is not None:
+    if (call := _system_call()) is not None:
         where, found = (ctypes.c_uint64 * 2)(begin, 1), (ctypes.c_uint64 * 5)()
-        if _cachestat(_CACHESTAT, descriptor, where, found, 0) == 0:
+        if call(_CACHESTAT, descriptor, where, found, 0) == 0:
             return found[0] > 0
-        if ctypes.get_errno() == errno.ENOSYS:
-            _cachestat = None
     if not _NOWAIT or not hasattr(os, "preadv"):
         return False
     try:
@@ -208,6 +207,7 @@ def _resident(descriptor: int, begin: int) -> bool:
     return True
 
 
+@lru_cache(maxsize=1)
 def _system_call() -> Any:
     if not sys.platform.startswith("linux"):
         return None
@@ -215,7 +215,3 @@ def _system_call() -> Any:
     call.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
     call.restype = ctypes.c_long
     return call
-
-
-_CACHESTAT = 451  # on every processor
-_cachestat = _system_call()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from loading import memory_driver
 from loadstone.errors import IntegrityError, ReadError
-from loadstone.loading import accelerator, reading, ring, stream
+from loadstone.loading import reading
 from loadstone.loading.arena import HUGE, PAGE, allocate
 from loadstone.loading.load import load_into
 
@@ -188,28 +188,12 @@ def test_the_page_cache_stays_as_it_was(tmp_path: Path, file: Path, monkeypatch:
     os.close(descriptor)
 
 
-class Lane:
-    """A device that is this process's own memory, without a wait."""
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype)
-
-    def carry(self, octets: torch.Tensor, unpack: Callable[[torch.Tensor], None]) -> Callable[[], None]:
-        unpack(octets)
-        return lambda: None
-
-    def finish(self) -> None:
-        pass
-
-
-def test_to_a_device(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch, direct_bytes: list[int]) -> None:
-    def send(moves: list[Any], files: Any, watch: Any) -> dict[str, torch.Tensor]:
-        lanes, pin = {torch.device("cpu"): Lane()}, lambda size: torch.empty(size, dtype=torch.uint8)
-        return ring.Ring(files, lanes, pin, watch).send(moves)
-
-    monkeypatch.setattr(stream, "_grouped", lambda moves, way: stream._Groups([], [], [], list(moves)))
-    monkeypatch.setattr(accelerator, "send", send)
-    large(tmp_path, torch.bfloat16)
+def test_to_a_device(tmp_path: Path, file: Path, direct_bytes: list[int]) -> None:
+    undo = memory_driver.through_the_ring()
+    try:
+        large(tmp_path, torch.bfloat16)
+    finally:
+        undo()
     assert sum(direct_bytes) > 2 * HUGE
 
 
